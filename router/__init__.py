@@ -1,0 +1,1 @@
+"""The router: an OpenAI-compatible front end, a routing core, and what reaches workers and adapters."""

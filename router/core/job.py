@@ -1,0 +1,99 @@
+"""The words of the core: what is asked for, what is answered, how it can end.
+
+Plain data, shared by production and simulation. Nothing here waits or decides.
+"""
+
+from enum import StrEnum
+
+import msgspec
+
+
+class AdapterRef(msgspec.Struct, frozen=True, order=True, cache_hash=True):
+    """One adapter version: the unit of residency.
+
+    `name` is the adapter's own name, without the base model's; `version` names its content, and is
+    empty where the catalog does not tell versions apart (a trace does not).
+    """
+
+    model: str
+    name: str
+    version: str = ""
+
+    @property
+    def model_id(self) -> str:
+        """The id that a client asks for: `base:adapter`."""
+        return f"{self.model}:{self.name}"
+
+
+class Job(msgspec.Struct, eq=False):
+    """One request, as far as routing needs to know it.
+
+    `adapter` is None for the base model alone. Lengths are in tokens and may be estimates;
+    `deadline` is a loop time, and `avoid` names workers that already failed this request.
+    """
+
+    id: str
+    adapter: AdapterRef | None = None
+    prompt_tokens: int = 0
+    max_output_tokens: int = 0
+    tenant: str = ""
+    priority: int = 0
+    deadline: float | None = None
+    avoid: tuple[str, ...] = ()
+
+
+class AdapterUse(StrEnum):
+    """In which state the worker's slot was when the job was placed: the header `x-adapter`."""
+
+    NONE = "none"
+    HIT = "hit"
+    LOADING = "loading"
+    COLD = "cold"
+
+
+class Outcome(StrEnum):
+    """Every way in which a request can end, once it named a model that exists."""
+
+    COMPLETED = "completed"
+    CLIENT_GONE = "client_gone"
+    REFUSED = "refused"
+    QUEUE_FULL = "queue_full"
+    QUEUE_TIMEOUT = "queue_timeout"
+    LOAD_FAILED = "load_failed"
+    WORKER_FAILED = "worker_failed"
+    WORKER_STALLED = "worker_stalled"
+    SHUTTING_DOWN = "shutting_down"
+
+    @property
+    def is_rejection(self) -> bool:
+        """Whether the router turned the request away before any worker had it."""
+        return self in {Outcome.QUEUE_FULL, Outcome.QUEUE_TIMEOUT, Outcome.SHUTTING_DOWN}
+
+
+class Rejected(Exception):  # noqa: N818  (an outcome, not a fault of the program)
+    """No capacity: the job was turned away before a worker had it.
+
+    `retry_after_s` is when the queue will have drained at the present rate, in seconds.
+    """
+
+    def __init__(self, outcome: Outcome, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.outcome = outcome
+        self.retry_after_s = retry_after_s
+
+
+class LoadFault(StrEnum):
+    """Whose fault a failed load is. It decides the answer, and whether another worker may help."""
+
+    ADAPTER_MISSING = "adapter_missing"
+    ADAPTER_INVALID = "adapter_invalid"
+    STORE_UNAVAILABLE = "store_unavailable"
+    WORKER = "worker"
+
+
+class LoadError(Exception):
+    """An adapter did not become resident. The message is fit for the client to read."""
+
+    def __init__(self, fault: LoadFault, message: str) -> None:
+        super().__init__(message)
+        self.fault = fault

@@ -1,0 +1,43 @@
+"""Affinity, the seed's rule: go where the adapter is, unless everyone there is overloaded.
+
+In this order:
+  1. of the workers that hold the adapter, or are loading it, and are not overloaded, the less busy
+     of two random ones;
+  2. if every holder is overloaded, a less busy worker that is not: it will load the adapter;
+  3. if nobody holds it, the same, by power of two choices;
+  4. if everyone is overloaded, nobody: the job waits.
+A job for the base model alone goes by power of two choices.
+Pure: reads the fleet, changes nothing. Cost: O(holders), and O(1) when there are none.
+"""
+
+from random import Random
+
+from router.core.fleet import Fleet, Worker, less_busy_of_two
+from router.core.job import Job
+from router.core.placement import Decision, Drop, Reason, nobody, with_room
+
+
+def place(job: Job, fleet: Fleet, rng: Random) -> Decision:
+    """Choose by the rule above."""
+    if job.adapter is None:
+        worker = with_room(fleet, job, rng)
+        return Decision(worker, Reason.BASE if worker else nobody(fleet, None))
+    holders = fleet.holders(job.adapter)
+    dropped: tuple[tuple[str, Drop], ...] = ()
+    if holders:
+        fit: list[Worker] = []
+        left_out: list[tuple[str, Drop]] = []
+        for worker in holders:
+            if worker.id in job.avoid:
+                left_out.append((worker.id, Drop.AVOIDED))
+            elif worker.ready_index >= 0:
+                fit.append(worker)
+            else:
+                drop = Drop.OVERLOADED if worker.accepting else Drop.NOT_ACCEPTING
+                left_out.append((worker.id, drop))
+        dropped = tuple(left_out)
+        if chosen := less_busy_of_two(fit, rng):
+            return Decision(chosen, Reason.HOLDER, dropped)
+    if worker := with_room(fleet, job, rng):
+        return Decision(worker, Reason.SPILL if holders else Reason.COLD, dropped)
+    return Decision(None, nobody(fleet, job.adapter), dropped)

@@ -1,0 +1,48 @@
+"""What the core needs of the outside, as protocols: production and simulation each fill them in."""
+
+from typing import Protocol
+
+from router.core.fleet import Worker
+from router.core.job import AdapterRef, Job, LoadError
+from router.core.placement import Decision
+
+
+class Loader(Protocol):
+    """Brings adapters to workers."""
+
+    async def load(self, worker: Worker, adapter: AdapterRef, evict: AdapterRef | None) -> int:
+        """Make the adapter resident on the worker, then drop `evict` from it.
+
+        Returns the number of the worker's state that includes the load (see `Report.seq`).
+        Raises `LoadError`, and then nothing has been dropped. Bounded in time by its implementer.
+        """
+
+
+class Observer(Protocol):
+    """Is told what the core does, as it does it. Must return at once and must not raise."""
+
+    def decided(self, job: Job, decision: Decision, evicting: AdapterRef | None) -> None:
+        """A job was placed; `evicting` is what its load will replace, if it begins one."""
+
+    def load_ended(
+        self, worker: Worker, adapter: AdapterRef, load_s: float, error: LoadError | None
+    ) -> None:
+        """A load ended, well or not, `load_s` seconds after its decision."""
+
+    def evicted(self, worker: Worker, adapter: AdapterRef) -> None:
+        """An adapter has left a worker for another one."""
+
+
+class NoObserver:
+    """Watches nothing."""
+
+    def decided(self, job: Job, decision: Decision, evicting: AdapterRef | None) -> None:
+        """Do nothing."""
+
+    def load_ended(
+        self, worker: Worker, adapter: AdapterRef, load_s: float, error: LoadError | None
+    ) -> None:
+        """Do nothing."""
+
+    def evicted(self, worker: Worker, adapter: AdapterRef) -> None:
+        """Do nothing."""

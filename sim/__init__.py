@@ -1,0 +1,1 @@
+"""The simulator: the production routing core over a trace, in virtual time."""

@@ -1,0 +1,187 @@
+"""An asyncio event loop whose clock is a `simpy.Environment`: the router waits in virtual time.
+
+The rule: run every callback that is ready, then let the environment take one step; never look at a
+real clock. `time()` is `env.now`, a timer is a SimPy event, and an idle loop steps the environment.
+So `asyncio.timeout`, `loop.call_at` and SimPy processes share one order of events, and two runs of
+one program give the same order.
+
+There is no I/O: sockets, subprocesses, signals and threads raise NotImplementedError, as
+`asyncio.AbstractEventLoop` does. An exception in a callback ends the run: in a simulation
+nothing may fail quietly.
+"""
+
+import asyncio
+from asyncio import events
+from collections import deque
+from collections.abc import Callable, Coroutine
+from contextvars import Context
+from typing import Any, TypeVar, TypeVarTuple, Unpack
+
+import simpy
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+
+class RanDryError(RuntimeError):
+    """Nothing is left to happen, and what was waited for has not happened: a deadlock."""
+
+
+class SimLoop(asyncio.AbstractEventLoop):
+    """Runs coroutines in the virtual time of `env`. Use `run`, or `run_until_complete`."""
+
+    def __init__(self, env: simpy.Environment) -> None:
+        self.env = env
+        self._ready: deque[asyncio.Handle] = deque()
+        self._failure: BaseException | None = None
+        self._closed = False
+
+    # The clock and the callbacks.
+
+    def time(self) -> float:
+        """The virtual time, in seconds."""
+        return float(self.env.now)
+
+    def call_soon(
+        self,
+        callback: Callable[[Unpack[Ts]], object],
+        *args: Unpack[Ts],
+        context: Context | None = None,
+    ) -> asyncio.Handle:
+        """Call back before the clock moves."""
+        handle = asyncio.Handle(callback, args, self, context)
+        self._ready.append(handle)
+        return handle
+
+    def call_later(
+        self,
+        delay: float,
+        callback: Callable[[Unpack[Ts]], object],
+        *args: Unpack[Ts],
+        context: Context | None = None,
+    ) -> asyncio.TimerHandle:
+        """Call back `delay` virtual seconds from now."""
+        handle = asyncio.TimerHandle(self.time() + delay, callback, args, self, context)
+        timeout = self.env.timeout(max(0.0, delay), handle)
+        timeout.callbacks.append(self._fire)
+        return handle
+
+    def call_at(
+        self,
+        when: float,
+        callback: Callable[[Unpack[Ts]], object],
+        *args: Unpack[Ts],
+        context: Context | None = None,
+    ) -> asyncio.TimerHandle:
+        """Call back at the virtual time `when`."""
+        return self.call_later(when - self.time(), callback, *args, context=context)
+
+    def _fire(self, timeout: simpy.Event) -> None:
+        handle: asyncio.TimerHandle | None = timeout.value
+        assert handle is not None
+        if not handle.cancelled():
+            self._ready.append(handle)
+
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        """A cancelled timer's event stays in the environment and does nothing."""
+
+    # Futures and tasks.
+
+    def create_future(self) -> "asyncio.Future[Any]":
+        """A future of this loop."""
+        return asyncio.Future(loop=self)
+
+    def create_task(  # type: ignore[override]  # the base's overloads differ between versions
+        self,
+        coro: Coroutine[Any, Any, T],
+        *,
+        name: str | None = None,
+        context: Context | None = None,
+    ) -> "asyncio.Task[T]":
+        """A task of this loop."""
+        return asyncio.Task(coro, loop=self, name=name, context=context)
+
+    async def happens(self, event: simpy.Event) -> Any:  # noqa: ANN401  (a SimPy event's value is anything)
+        """Wait for a SimPy event; return its value."""
+        if event.processed:
+            return event.value
+        future = self.create_future()
+
+        def happened(done: simpy.Event) -> None:
+            if not future.done():
+                future.set_result(done.value)
+
+        event.callbacks.append(happened)
+        return await future
+
+    # Running.
+
+    def run_until_complete(self, future: "Coroutine[Any, Any, T] | asyncio.Future[T]") -> T:
+        """Run until the future is done. Raises `RanDryError` where it never will be."""
+        main = asyncio.ensure_future(future, loop=self)
+        ready, step, queue_is_empty = self._ready, self.env.step, self._nothing_scheduled
+        events._set_running_loop(self)  # noqa: SLF001  (the one way to be the running loop)
+        try:
+            while not main.done():
+                while ready:
+                    handle = ready.popleft()
+                    if not handle._cancelled:  # type: ignore[attr-defined]  # noqa: SLF001
+                        handle._run()  # noqa: SLF001  (as every event loop does)
+                if self._failure is not None:
+                    failure, self._failure = self._failure, None
+                    raise failure
+                if main.done():
+                    break
+                if queue_is_empty():
+                    raise RanDryError(f"nothing is left to happen at {self.time()} s")
+                step()
+        finally:
+            events._set_running_loop(None)  # noqa: SLF001
+        return main.result()
+
+    def _nothing_scheduled(self) -> bool:
+        return self.env.peek() == float("inf")
+
+    def is_running(self) -> bool:
+        """Whether this loop is the running one."""
+        return events._get_running_loop() is self  # noqa: SLF001
+
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def close(self) -> None:
+        """Forget what is still ready; the environment is the caller's."""
+        self._ready.clear()
+        self._closed = True
+
+    def get_debug(self) -> bool:
+        """Never: asyncio's debug mode reads the real clock."""
+        return False
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        """Keep the first failure; the run ends with it."""
+        if self._failure is None:
+            self._failure = context.get("exception") or RuntimeError(context["message"])
+
+    async def shutdown_asyncgens(self) -> None:
+        """Nothing to do: generators of a simulation hold nothing outside it."""
+
+
+def run(env: simpy.Environment, main: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine in the virtual time of `env`; then cancel the tasks that it left."""
+    loop = SimLoop(env)  # type: ignore[abstract]  # sockets and processes are left out on purpose
+    try:
+        return loop.run_until_complete(main)
+    finally:
+        left = asyncio.all_tasks(loop)
+        for task in sorted(left, key=lambda task: task.get_name()):
+            task.cancel()
+        if left:
+            gathered = _gather(left)
+            loop.run_until_complete(gathered)
+        loop.close()
+
+
+async def _gather(tasks: "set[asyncio.Task[Any]]") -> None:
+    await asyncio.gather(*tasks, return_exceptions=True)

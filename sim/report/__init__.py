@@ -1,0 +1,1 @@
+"""What a replay says: its summary, its table, its page."""
