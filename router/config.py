@@ -1,0 +1,326 @@
+"""The YAML configuration as structs. An error names its line of the file and what to write instead.
+
+The fields of `llm_configs` are those that Ray Serve LLM users already have, with the same meaning.
+Anything that is not known is an error: a misspelt key must not be a silent default.
+"""
+
+import difflib
+import re
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+import yaml
+
+from router.core.policies import POLICIES
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Natural = Annotated[int, msgspec.Meta(ge=0)]
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
+ModelId = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")]
+
+
+class ModelLoadingConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The base model: the id that clients use, and where its weights are (a hub id or a folder)."""
+
+    model_id: ModelId
+    model_source: str | None = None
+
+    @property
+    def source(self) -> str:
+        """Where the weights are; the id itself where nothing else is said."""
+        return self.model_source or self.model_id
+
+
+class LoraConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Where adapters are and how many one worker holds.
+
+    `accepted_base_models` names further values of `base_model_name_or_path` that adapters may carry.
+    """
+
+    dynamic_lora_loading_path: str
+    max_num_adapters_per_replica: Positive = 16
+    download_timeout_s: Seconds = 30.0
+    max_download_tries: Positive = 3
+    accepted_base_models: tuple[str, ...] = ()
+
+
+class AutoscalingConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """How many workers there may be. The router starts `min_replicas` of them."""
+
+    min_replicas: Positive = 1
+    max_replicas: Positive = 1
+
+
+class DeploymentConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """One worker's overload threshold, and the number of workers."""
+
+    max_ongoing_requests: Positive = 64
+    autoscaling_config: AutoscalingConfig = AutoscalingConfig()
+
+
+class LLMConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """One base model, its adapters and its workers.
+
+    `calibration` names the latency model of the simulator and of the emulated engine: one of
+    `sim/calibrations`, or a file.
+    """
+
+    model_loading_config: ModelLoadingConfig
+    lora_config: LoraConfig | None = None
+    engine_kwargs: dict[str, Any] = {}
+    deployment_config: DeploymentConfig = DeploymentConfig()
+    accelerator_type: str | None = None
+    engine: Literal["vllm", "emulated", "attached"] = "vllm"
+    attach: tuple[str, ...] = ()
+    calibration: str | None = None
+
+    @property
+    def model_id(self) -> str:
+        """The id of the base model."""
+        return self.model_loading_config.model_id
+
+    @property
+    def slots(self) -> int:
+        """How many adapters one worker holds; 0 without `lora_config`."""
+        return self.lora_config.max_num_adapters_per_replica if self.lora_config else 0
+
+    @property
+    def replicas(self) -> int:
+        """How many workers are started."""
+        return self.deployment_config.autoscaling_config.min_replicas
+
+    def engine_arguments(self) -> dict[str, Any]:
+        """`engine_kwargs`, with what `lora_config` implies filled in where it was left out."""
+        if self.lora_config is None:
+            return dict(self.engine_kwargs)
+        return {"enable_lora": True, "max_loras": self.slots, **self.engine_kwargs}
+
+
+class RouterConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The router process itself. Every bound it keeps is here.
+
+    `first_byte_timeout_s` is how long a worker may take to begin its answer, `idle_timeout_s` how
+    long it may pause within one; `drain_timeout_s` how long running requests may take at shutdown.
+    Requests need a key if the environment variable that `api_keys_env` names holds some, separated
+    by commas.
+    """
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8000
+    policy: str = "affinity"
+    max_queued_requests: Natural = 1024
+    queue_timeout_s: Seconds = 60.0
+    max_overtakes: Natural = 256
+    max_retries: Natural = 1
+    max_body_bytes: Positive = 32 * 2**20
+    first_byte_timeout_s: Seconds = 300.0
+    idle_timeout_s: Seconds = 120.0
+    boot_timeout_s: Seconds = 900.0
+    drain_timeout_s: Seconds = 30.0
+    store_refresh_s: Seconds = 30.0
+    cache_dir: str | None = None
+    log_dir: str | None = None
+    api_keys_env: str = "LORAYARD_API_KEYS"
+    seed: int | None = None
+
+
+class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The whole file."""
+
+    llm_configs: Annotated[tuple[LLMConfig, ...], msgspec.Meta(min_length=1)]
+    router: RouterConfig = RouterConfig()
+
+
+class ConfigError(Exception):
+    """The file cannot be used. The message says where, why, and what to write instead."""
+
+
+_STRUCTS: Final[dict[str, type[msgspec.Struct]]] = {
+    "$": Config,
+    "$.router": RouterConfig,
+    "$.llm_configs[]": LLMConfig,
+    "$.llm_configs[].model_loading_config": ModelLoadingConfig,
+    "$.llm_configs[].lora_config": LoraConfig,
+    "$.llm_configs[].deployment_config": DeploymentConfig,
+    "$.llm_configs[].deployment_config.autoscaling_config": AutoscalingConfig,
+}
+
+
+class _Lines:
+    """The line of every key and item of a YAML document, by msgspec's paths."""
+
+    def __init__(self, name: str, root: yaml.Node) -> None:
+        self.name = name
+        self._lines: dict[str, int] = {}
+        self._walk(root, "$")
+
+    def _walk(self, node: yaml.Node, path: str) -> None:
+        self._lines.setdefault(path, node.start_mark.line + 1)
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                below = f"{path}.{key.value}"
+                if below in self._lines:
+                    raise self.error(
+                        f"`{key.value}` stands here twice (first on line {self._lines[below]}); "
+                        "remove one",
+                        line=key.start_mark.line + 1,
+                    )
+                self._lines[below] = key.start_mark.line + 1
+                self._walk(value, below)
+        elif isinstance(node, yaml.SequenceNode):
+            for index, value in enumerate(node.value):
+                self._walk(value, f"{path}[{index}]")
+
+    def error(self, message: str, path: str = "$", line: int | None = None) -> ConfigError:
+        """An error at a path, or at the nearest line above it that is known."""
+        while line is None:
+            line = self._lines.get(path)
+            path = re.sub(r"(\.[^.\[]*|\[\d+\])$", "", path) if path != "$" else "$"
+            if path == "$" and line is None:
+                line = self._lines["$"]
+        return ConfigError(f"{self.name}:{line}: {message}")
+
+
+def load(path: Path) -> Config:
+    """Read and check a configuration file. Raises `ConfigError`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ConfigError(
+            f"{path}: {reason}; name a YAML file such as configs/quickstart.yaml"
+        ) from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8 text; a configuration is a YAML file") from None
+    return parse(text, name=str(path), folder=path.resolve().parent)
+
+
+def parse(text: str, *, name: str, folder: Path) -> Config:
+    """Check a configuration text; relative folders in it are taken from `folder`."""
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+        data: Hashable = loader.construct_document(root) if root is not None else None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{name}:{line}: not valid YAML: {error.problem}") from None
+    finally:
+        loader.dispose()  # type: ignore[no-untyped-call]
+    if root is None:
+        raise ConfigError(f"{name}:1: the file is empty; it needs a list `llm_configs`")
+    lines = _Lines(name, root)
+    try:
+        config = msgspec.convert(data, Config)
+    except msgspec.ValidationError as error:
+        raise _explain(str(error), lines) from None
+    for index, llm in enumerate(config.llm_configs):
+        _check(llm, f"$.llm_configs[{index}]", lines)
+    _check_router(config, lines)
+    return _resolve(config, folder)
+
+
+def _explain(message: str, lines: _Lines) -> ConfigError:
+    """Turn msgspec's message into one with a line and a suggestion."""
+    what, _, where = message.partition(" - at ")
+    path = where.strip("`") or "$"
+    unknown = re.match(r"Object contains unknown field `(.*)`", what)
+    if unknown is None:
+        what = re.sub(r"^Object missing required field `(.*)`$", r"`\1` is missing", what)
+        key = path.rpartition(".")[2]
+        return lines.error(f"{key}: {what}" if path != "$" else what, path)
+    word = unknown[1]
+    struct = _STRUCTS.get(re.sub(r"\[[^\]]*\]", "[]", path))
+    allowed = struct.__struct_fields__ if struct else ()
+    close = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
+    hint = f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(allowed)}"
+    return lines.error(f"unknown key `{word}`; {hint}", f"{path}.{word}")
+
+
+def _check(llm: LLMConfig, path: str, lines: _Lines) -> None:
+    scaling = llm.deployment_config.autoscaling_config
+    if scaling.min_replicas > scaling.max_replicas:
+        raise lines.error(
+            f"min_replicas is {scaling.min_replicas}, more than max_replicas, which is "
+            f"{scaling.max_replicas}; raise max_replicas or lower min_replicas",
+            f"{path}.deployment_config.autoscaling_config.min_replicas",
+        )
+    if (llm.engine == "attached") != bool(llm.attach):
+        raise lines.error(
+            "`engine: attached` needs a list of URLs in `attach`"
+            if llm.engine == "attached"
+            else f"`attach` is for `engine: attached`; this says `engine: {llm.engine}`",
+            f"{path}.attach" if llm.attach else f"{path}.engine",
+        )
+    for index, url in enumerate(llm.attach):
+        if not re.match(r"^(https?://[^/\s]+|unix:/\S+)/?$", url):
+            raise lines.error(
+                f"`{url}` is no address of a worker; write http://HOST:PORT or unix:/PATH",
+                f"{path}.attach[{index}]",
+            )
+    kwargs, slots = llm.engine_kwargs, llm.slots
+    if llm.lora_config is None:
+        if kwargs.get("enable_lora"):
+            raise lines.error(
+                "enable_lora is set, but there is no `lora_config`; add one with a "
+                "`dynamic_lora_loading_path`, or remove enable_lora",
+                f"{path}.engine_kwargs.enable_lora",
+            )
+        return
+    if kwargs.get("enable_lora") is False:
+        raise lines.error(
+            "enable_lora is false, but there is a `lora_config`; remove one of them",
+            f"{path}.engine_kwargs.enable_lora",
+        )
+    if kwargs.get("max_loras", slots) != slots:
+        raise lines.error(
+            f"max_loras is {kwargs['max_loras']}, but lora_config.max_num_adapters_per_replica is "
+            f"{slots}; write `max_loras: {slots}`, or leave it out",
+            f"{path}.engine_kwargs.max_loras",
+        )
+    scheme = re.match(r"^([a-z0-9]+)://", llm.lora_config.dynamic_lora_loading_path)
+    if scheme and scheme[1] != "s3":
+        raise lines.error(
+            f"`{scheme[1]}://` is not supported yet; write s3://BUCKET/PREFIX or a folder",
+            f"{path}.lora_config.dynamic_lora_loading_path",
+        )
+
+
+def _check_router(config: Config, lines: _Lines) -> None:
+    seen: dict[str, int] = {}
+    for index, llm in enumerate(config.llm_configs):
+        if llm.model_id in seen:
+            raise lines.error(
+                f"model_id `{llm.model_id}` is taken by llm_configs[{seen[llm.model_id]}]; "
+                "give this one another id",
+                f"$.llm_configs[{index}].model_loading_config.model_id",
+            )
+        seen[llm.model_id] = index
+    if config.router.policy not in POLICIES:
+        close = difflib.get_close_matches(config.router.policy, POLICIES, n=1)
+        hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(sorted(POLICIES))}"
+        raise lines.error(f"no policy `{config.router.policy}`; {hint}", "$.router.policy")
+
+
+def _resolve(config: Config, folder: Path) -> Config:
+    """Take relative folders from where the file is, so that it works from any directory."""
+    models = []
+    for llm in config.llm_configs:
+        loading, lora = llm.model_loading_config, llm.lora_config
+        if loading.model_source and loading.model_source.startswith(("./", "../", "~", "/")):
+            source = str(_absolute(loading.model_source, folder))
+            loading = msgspec.structs.replace(loading, model_source=source)
+        if lora and "://" not in lora.dynamic_lora_loading_path:
+            path = str(_absolute(lora.dynamic_lora_loading_path, folder))
+            lora = msgspec.structs.replace(lora, dynamic_lora_loading_path=path)
+        models.append(msgspec.structs.replace(llm, model_loading_config=loading, lora_config=lora))
+    router = config.router
+    for name in ("cache_dir", "log_dir"):
+        if value := getattr(router, name):
+            router = msgspec.structs.replace(router, **{name: str(_absolute(value, folder))})
+    return msgspec.structs.replace(config, llm_configs=tuple(models), router=router)
+
+
+def _absolute(path: str, folder: Path) -> Path:
+    return (folder / Path(path).expanduser()).resolve()

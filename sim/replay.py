@@ -1,0 +1,305 @@
+"""Replay a trace: the production `Router` over simulated workers, in virtual time.
+
+Each row becomes one `Job` at its time, takes a lease as the front end would, runs on the engine of
+the worker that it was given, and leaves its latencies. The digest is a hash over every decision in
+order: two runs with the same inputs give the same one, on any machine.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Iterable
+from random import Random
+from typing import Any
+
+import msgspec
+import simpy
+
+from router.config import Config, LLMConfig
+from router.core.fleet import Fleet, Worker
+from router.core.job import AdapterRef, AdapterUse, Job, LoadError, Outcome, Rejected
+from router.core.placement import Decision
+from router.core.policies import POLICIES
+from router.core.router import Router
+from sim.engine import EngineRequest
+from sim.fleet import SimWorkers
+from sim.loop import RanDryError, SimLoop
+from sim.report.summary import Latencies, Slo, latency_figures, outcome_counts
+from sim.traces import TraceRow
+from sim.workload import AdapterDraw
+
+PROGRESS_EVERY = 512
+
+
+class UnknownModelError(Exception):
+    """A row asks for a base model that the configuration does not have."""
+
+
+class Options(msgspec.Struct, frozen=True):
+    """What a replay may vary. `speed` 2 lets requests come twice as fast as in the trace."""
+
+    policy: str = "affinity"
+    seed: int = 0
+    workers: int | None = None
+    adapters: int = 0
+    locality: float = 0.8
+    zipf: float = 1.0
+    speed: float = 1.0
+    slo: Slo = Slo()
+
+
+class _WorkerTally(msgspec.Struct):
+    requests: int = 0
+    hits: int = 0
+    joins: int = 0
+    cold_loads: int = 0
+    failed_loads: int = 0
+    evictions: int = 0
+    in_flight_peak: int = 0
+
+
+class _Ledger:
+    """The observer: a hash over every decision, and what each worker was asked for."""
+
+    def __init__(self, workers: Iterable[str]) -> None:
+        self.hash = hashlib.blake2b(digest_size=16)
+        self.decisions = 0
+        self.tally = {worker: _WorkerTally() for worker in workers}
+
+    def decided(self, job: Job, decision: Decision, evicting: AdapterRef | None) -> None:
+        worker = decision.worker
+        assert worker is not None
+        self.decisions += 1
+        self.hash.update(
+            f"{job.id} {worker.id} {decision.reason} {evicting.name if evicting else '-'}\n".encode()
+        )
+        tally = self.tally[worker.id]
+        tally.requests += 1
+        tally.in_flight_peak = max(tally.in_flight_peak, worker.in_flight)
+
+    def load_ended(
+        self, worker: Worker, adapter: AdapterRef, load_s: float, error: LoadError | None
+    ) -> None:
+        tally = self.tally[worker.id]
+        if error is None:
+            tally.cold_loads += 1
+        else:
+            tally.failed_loads += 1
+        self.hash.update(f"loaded {worker.id} {adapter.name} {error is None}\n".encode())
+
+    def evicted(self, worker: Worker, adapter: AdapterRef) -> None:
+        self.tally[worker.id].evictions += 1
+
+
+class _Model:
+    """One base model's router, workers and ledger."""
+
+    def __init__(self, loop: SimLoop, llm: LLMConfig, config: Config, options: Options) -> None:
+        self.llm = llm
+        count = options.workers or llm.replicas
+        self.workers = SimWorkers(loop, llm, count)
+        self.ledger = _Ledger(self.workers.engines)
+        self.router = Router(
+            Fleet(llm.model_id),
+            POLICIES[options.policy],
+            self.workers,
+            rng=Random(f"placement:{options.seed}:{llm.model_id}"),
+            max_queued=config.router.max_queued_requests,
+            queue_timeout_s=config.router.queue_timeout_s,
+            max_overtakes=config.router.max_overtakes,
+            observer=self.ledger,
+        )
+        for worker_id in self.workers.engines:
+            self.router.add_worker(
+                Worker(
+                    worker_id,
+                    max_ongoing=llm.deployment_config.max_ongoing_requests,
+                    slots=llm.slots,
+                )
+            )
+
+    def figures(self, worker_id: str, virtual_s: float) -> dict[str, Any]:
+        """One row of `workers`."""
+        counters = self.workers.engines[worker_id].counters
+        return {
+            "id": worker_id,
+            **msgspec.structs.asdict(self.ledger.tally[worker_id]),
+            "prompt_tokens": counters.prompt_tokens,
+            "output_tokens": counters.output_tokens,
+            "steps": counters.steps,
+            "busy_s": counters.busy_s,
+            "stalled_s": counters.stalled_s,
+            "utilization": (counters.busy_s + counters.stalled_s) / virtual_s if virtual_s else 0.0,
+            "running_peak": counters.running_peak,
+            "waiting_peak": counters.waiting_peak,
+        }
+
+
+class Replay:
+    """One run. `run` returns the result of the contract, less what only the caller can measure."""
+
+    def __init__(
+        self,
+        config: Config,
+        rows: Iterable[TraceRow],
+        options: Options,
+        *,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self._config = config
+        self._rows = rows
+        self._options = options
+        self._progress = progress
+        self._offered = 0
+        self.latencies = Latencies()
+        self._uses = dict.fromkeys(AdapterUse, 0)
+        self._draw: AdapterDraw | None = None
+        if options.adapters:
+            self._draw = AdapterDraw(
+                options.adapters,
+                locality=options.locality,
+                zipf=options.zipf,
+                seed=options.seed,
+            )
+        self._refs: dict[str, tuple[_Model, AdapterRef | None]] = {}
+        self._models: dict[str, _Model] = {}
+
+    def run(self) -> dict[str, Any]:
+        """Replay all rows to their end. Raises `UnknownModelError` and what the trace raises."""
+        env = simpy.Environment()
+        loop = SimLoop(env)  # type: ignore[abstract]  # sockets and processes are left out on purpose
+        try:
+            loop.run_until_complete(self._replay(loop))
+        except RanDryError:
+            pass  # who still waits is counted as unfinished
+        finally:
+            loop.close()
+        return self._result(float(env.now))
+
+    async def _replay(self, loop: SimLoop) -> None:
+        for llm in self._config.llm_configs:
+            self._models[llm.model_id] = _Model(loop, llm, self._config, self._options)
+        tasks: set[asyncio.Task[None]] = set()
+        speed = self._options.speed
+        origin: float | None = None
+        for row in self._rows:
+            if origin is None:
+                origin = row.timestamp
+            wait_s = (row.timestamp - origin) / (1000 * speed) - loop.time()
+            if wait_s > 0:
+                await asyncio.sleep(wait_s)
+            self._offered += 1
+            model, adapter = self._resolve(row)
+            job = Job(
+                str(self._offered),
+                adapter,
+                prompt_tokens=row.input_length,
+                max_output_tokens=row.output_length,
+                tenant=row.tenant,
+                priority=row.priority,
+            )
+            task = loop.create_task(self._one(loop, model, job))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+        while tasks:
+            await asyncio.wait(tasks)
+        if self._progress is not None:
+            self._progress(self.latencies.ended)
+
+    def _resolve(self, row: TraceRow) -> tuple[_Model, AdapterRef | None]:
+        """The model's fleet and the adapter that a row asks for. The trace is the catalog."""
+        model_id = row.model
+        if model_id is None or (self._draw is not None and ":" not in model_id):
+            base = model_id or self._config.llm_configs[0].model_id
+            model_id = f"{base}:{self._draw.next()}" if self._draw is not None else base
+        known = self._refs.get(model_id)
+        if known is None:
+            known = self._refs[model_id] = self._find(model_id)
+        return known
+
+    def _find(self, model_id: str) -> tuple[_Model, AdapterRef | None]:
+        base, _, name = model_id.partition(":")
+        model = self._models.get(base)
+        if model is None:
+            if len(self._models) > 1:
+                raise UnknownModelError(
+                    f"the trace asks for `{model_id}`, but the configuration has only "
+                    f"{', '.join(sorted(self._models))}"
+                )
+            model = next(iter(self._models.values()))
+        if name and not model.llm.slots:
+            raise UnknownModelError(
+                f"the trace asks for the adapter `{model_id}`, but `{model.llm.model_id}` has no "
+                "lora_config; add one, or use a trace without adapters"
+            )
+        return model, AdapterRef(base, name) if name else None
+
+    async def _one(self, loop: SimLoop, model: _Model, job: Job) -> None:
+        arrived = loop.time()
+        try:
+            async with model.router.lease(job) as lease:
+                self._uses[lease.use] += 1
+                tally = model.ledger.tally[lease.worker.id]
+                tally.hits += lease.use is AdapterUse.HIT
+                tally.joins += lease.use is AdapterUse.LOADING
+                request = EngineRequest(
+                    loop.env,
+                    adapter=job.adapter,
+                    prompt_tokens=job.prompt_tokens,
+                    output_tokens=job.max_output_tokens,
+                )
+                if not model.workers.engines[lease.worker.id].submit(request):
+                    self.latencies.lost(Outcome.REFUSED)
+                    return
+                await loop.happens(request.done)
+        except Rejected as rejected:
+            self.latencies.lost(rejected.outcome)
+        except LoadError:
+            self.latencies.lost(Outcome.LOAD_FAILED)
+        else:
+            assert request.first_token is not None
+            self.latencies.answered(
+                ttft_s=request.first_token - arrived,
+                e2e_s=loop.time() - arrived,
+                tokens=request.output_tokens,
+                slo=self._options.slo,
+            )
+        if self._progress is not None and self.latencies.ended % PROGRESS_EVERY == 0:
+            self._progress(self.latencies.ended)
+
+    def _result(self, virtual_s: float) -> dict[str, Any]:
+        options, latencies, offered = self._options, self.latencies, self._offered
+        digest = hashlib.blake2b(digest_size=16)
+        tallies = []
+        workers = []
+        for model in self._models.values():
+            digest.update(model.ledger.hash.digest())
+            tallies.extend(model.ledger.tally.values())
+            workers.extend(model.figures(worker, virtual_s) for worker in model.workers.engines)
+        placed = sum(count for use, count in self._uses.items() if use is not AdapterUse.NONE)
+        hits = self._uses[AdapterUse.HIT]
+        return {
+            "policy": options.policy,
+            "seed": options.seed,
+            **outcome_counts(latencies, offered),
+            "outcomes": {name.value: count for name, count in latencies.outcomes.items() if count},
+            **latency_figures(latencies, offered),
+            "adapters": {
+                "hits": hits,
+                "joins": self._uses[AdapterUse.LOADING],
+                "cold_loads": sum(tally.cold_loads for tally in tallies),
+                "evictions": sum(tally.evictions for tally in tallies),
+                "hit_rate": hits / placed if placed else None,
+            },
+            "goodput_rps": latencies.good / virtual_s if virtual_s else 0.0,
+            "slo": {
+                "ttft_s": options.slo.ttft_s,
+                "itl_s": options.slo.itl_s,
+                "attainment": latencies.good / offered if offered else 0.0,
+            },
+            "workers": workers,
+            "calibrations": {
+                name: model.workers.latency.calibration.name for name, model in self._models.items()
+            },
+            "sim": {"virtual_s": virtual_s},
+            "digest": digest.hexdigest(),
+        }
