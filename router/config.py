@@ -207,7 +207,7 @@ def parse(text: str, *, name: str, folder: Path) -> Config:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{name}:{line}: not valid YAML: {error.problem}") from None
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
     if root is None:
         raise ConfigError(f"{name}:1: the file is empty; it needs a list `llm_configs`")
     lines = _Lines(name, root)

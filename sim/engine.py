@@ -194,6 +194,11 @@ class SimEngine:
         self._awaken()
         return done
 
+    def evict(self, adapter: Hashable) -> None:
+        """Drop an adapter from its GPU slot; it stays in host memory for as long as that lasts."""
+        self.gpu.pop(adapter, None)
+        self._changed()
+
     def unload(self, adapter: Hashable) -> None:
         """Drop an adapter from its GPU slot and from host memory."""
         self.gpu.pop(adapter, None)
@@ -242,7 +247,8 @@ class SimEngine:
 
     @staticmethod
     def _end_of_jump(end: simpy.Event) -> None:
-        interrupt: simpy.Event = end.value
+        interrupt = end.value
+        assert interrupt is not None
         if not interrupt.triggered:
             interrupt.succeed()
 

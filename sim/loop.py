@@ -13,7 +13,7 @@ nothing may fail quietly.
 import asyncio
 from asyncio import events
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextvars import Context
 from typing import Any, TypeVar, TypeVarTuple, Unpack
 
@@ -116,16 +116,16 @@ class SimLoop(asyncio.AbstractEventLoop):
 
     # Running.
 
-    def run_until_complete(self, future: "Coroutine[Any, Any, T] | asyncio.Future[T]") -> T:
+    def run_until_complete(self, future: "Generator[Any, None, T] | Awaitable[T]") -> T:
         """Run until the future is done. Raises `RanDryError` where it never will be."""
-        main = asyncio.ensure_future(future, loop=self)
+        main: asyncio.Future[T] = asyncio.ensure_future(future, loop=self)
         ready, step, queue_is_empty = self._ready, self.env.step, self._nothing_scheduled
         events._set_running_loop(self)  # noqa: SLF001  (the one way to be the running loop)
         try:
             while not main.done():
                 while ready:
                     handle = ready.popleft()
-                    if not handle._cancelled:  # type: ignore[attr-defined]  # noqa: SLF001
+                    if not handle._cancelled:  # noqa: SLF001
                         handle._run()  # noqa: SLF001  (as every event loop does)
                 if self._failure is not None:
                     failure, self._failure = self._failure, None

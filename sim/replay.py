@@ -269,8 +269,8 @@ class Replay:
     def _result(self, virtual_s: float) -> dict[str, Any]:
         options, latencies, offered = self._options, self.latencies, self._offered
         digest = hashlib.blake2b(digest_size=16)
-        tallies = []
-        workers = []
+        tallies: list[_WorkerTally] = []
+        workers: list[dict[str, Any]] = []
         for model in self._models.values():
             digest.update(model.ledger.hash.digest())
             tallies.extend(model.ledger.tally.values())

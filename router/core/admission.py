@@ -60,7 +60,6 @@ class AdmissionQueue(Generic[GrantT]):
         """Who has waited longest; the queue is not empty."""
         return next(iter(self._waiters.values()))
 
-    @property
     def held(self) -> bool:
         """Whether the oldest was passed by so often that nobody may pass it any more."""
         return bool(self._waiters) and self.oldest.overtaken >= self.max_overtakes

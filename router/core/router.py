@@ -214,7 +214,7 @@ class Router:
         if not queue:
             return self._try_grant(job)
         # Who waits now could not be placed a moment ago, so it is passed by, not pushed aside.
-        if queue.held or not self.fleet.ready or (grant := self._try_grant(job)) is None:
+        if queue.held() or not self.fleet.ready or (grant := self._try_grant(job)) is None:
             return None
         queue.passed()
         return grant
@@ -266,10 +266,10 @@ class Router:
         queue = self._queue
         if not queue:
             return
-        if not queue.held:
+        if not queue.held():
             self._serve(worker)
             return
-        while queue.held:
+        while queue.held():
             oldest = queue.oldest
             grant = self._try_grant(oldest.job) if self.fleet.ready else None
             if grant is None:
@@ -281,7 +281,7 @@ class Router:
     def _serve(self, worker: Worker) -> None:
         queue = self._queue
         refused: dict[int, None] = {}
-        while worker.ready_index >= 0 and queue and not queue.held:
+        while worker.ready_index >= 0 and queue and not queue.held():
             waiter = queue.next_for(worker, refused)
             if waiter is None:
                 return

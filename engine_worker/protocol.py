@@ -1,0 +1,98 @@
+"""What a router and an engine worker say to each other: JSON over HTTP, in these structs.
+
+Beside the engine's own OpenAI routes a worker serves, for whoever carries its token:
+
+    GET  /worker/v1/info      Info: what engine this is and how many adapters it holds
+    GET  /worker/v1/state     State, one JSON line at every change, and every 50 ms while busy
+    GET  /worker/v1/adapters  State, once
+    POST /worker/v1/load      LoadRequest -> LoadReply; idempotent, several at once
+    POST /worker/v1/unload    UnloadRequest -> LoadReply; idempotent
+    GET  /health              200 when the engine can serve; needs no token
+
+An error is `{"error": {"message": ...}}`: 400 where the adapter is at fault, 409 where every slot
+is in use, 500 where the engine is.
+"""
+
+from typing import Final
+
+import msgspec
+
+PROTOCOL: Final = 1
+PREFIX: Final = "/worker/v1"
+INFO: Final = f"{PREFIX}/info"
+STATE: Final = f"{PREFIX}/state"
+ADAPTERS: Final = f"{PREFIX}/adapters"
+LOAD: Final = f"{PREFIX}/load"
+UNLOAD: Final = f"{PREFIX}/unload"
+HEALTH: Final = "/health"
+TOKEN_ENV: Final = "LORAYARD_WORKER_TOKEN"  # noqa: S105  (the name of a variable)
+BUSY_PERIOD_S: Final = 0.05
+IDLE_PERIOD_S: Final = 1.0
+
+
+class AdapterId(msgspec.Struct, frozen=True, order=True):
+    """An adapter version on a worker. `name` is what requests ask for: `base:adapter`."""
+
+    name: str
+    version: str = ""
+
+
+class Info(msgspec.Struct, frozen=True):
+    """What a worker is. `max_loras` is 0 where it serves the base model alone."""
+
+    engine: str
+    engine_version: str
+    model_id: str
+    max_loras: int
+    max_lora_rank: int
+    pid: int
+    protocol: int = PROTOCOL
+
+
+class State(msgspec.Struct, frozen=True):
+    """What a worker is doing. `seq` rises with every change of its adapters.
+
+    `running` and `waiting` count requests, `kv_usage` is a share of 0 to 1; `gpu` are the adapters in
+    slots, `host` those in host memory alone.
+    """
+
+    seq: int = 0
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0
+    gpu: tuple[AdapterId, ...] = ()
+    host: tuple[AdapterId, ...] = ()
+
+
+class LoadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Make an adapter resident from a folder that the worker can read; then drop `evict`."""
+
+    adapter: AdapterId
+    path: str
+    evict: tuple[AdapterId, ...] = ()
+
+
+class UnloadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Drop an adapter from the engine."""
+
+    adapter: AdapterId
+
+
+class LoadReply(msgspec.Struct, frozen=True):
+    """The change is part of the state `seq`; it took `load_s` seconds in the engine."""
+
+    seq: int
+    load_s: float = 0.0
+
+
+class WireErrorBody(msgspec.Struct, frozen=True):
+    """The inner part of an error answer."""
+
+    message: str
+    type: str = "worker_error"
+
+
+class WireError(msgspec.Struct, frozen=True):
+    """An error answer."""
+
+    error: WireErrorBody

@@ -1,0 +1,343 @@
+"""One vLLM engine behind vLLM's own OpenAI application, plus the routes of a worker.
+
+The application, its request handling and its scheduler are vLLM's, unchanged. Added are: our routes,
+a stat logger that feeds the pushed state at every engine step, and adapters registered under an id
+of their own for each version, so that neither weights nor prefix-cache blocks are ever mixed up.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping, Sequence
+from typing import Any, Final
+
+from engine_worker import protocol
+from engine_worker.options import WorkerOptions
+from engine_worker.protocol import AdapterId, Info
+from engine_worker.service import StateFeed, WorkerError, WorkerService
+
+# With the CPU build: one gigabyte of KV blocks, one thread an engine unless told otherwise. The
+# build's own default takes half of the memory and every core, for each engine of the machine.
+CPU_DEFAULTS: Final = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+}
+RESIDENCY_PERIOD_S: Final = 1.0
+UNSET: Final = object()
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+
+def serve(options: WorkerOptions, listener: socket.socket) -> int:
+    """Boot the engine and serve until SIGTERM; return the exit status."""
+    for name, value in CPU_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if os.path.isdir(options.model):  # noqa: PTH112  (a hub id is no path)
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import uvloop  # noqa: PLC0415
+
+    return uvloop.run(_serve(options, listener))
+
+
+async def _serve(options: WorkerOptions, listener: socket.socket) -> int:
+    import uvicorn  # noqa: PLC0415
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state  # noqa: PLC0415
+    from vllm.entrypoints.launchers.app import build_app  # noqa: PLC0415
+    from vllm.usage.usage_lib import UsageContext  # noqa: PLC0415
+    from vllm.v1.engine.async_llm import AsyncLLM  # noqa: PLC0415
+    from vllm.version import __version__ as vllm_version  # noqa: PLC0415
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    engine_args, args = _arguments(options)
+    feed = StateFeed()
+    engine = AsyncLLM.from_engine_args(
+        engine_args,
+        usage_context=UsageContext.OPENAI_API_SERVER,
+        stat_loggers=[_stat_logger_factory(feed)],
+    )
+    try:
+        tasks = await engine.get_supported_tasks()
+        app = build_app(args, tasks, engine.model_config)
+        await init_app_state(engine, app.state, args, tasks)
+        lora = engine.vllm_config.lora_config
+        adapters = VllmAdapters(engine, app.state.openai_serving_models, lora)
+        info = Info(
+            engine="vllm",
+            engine_version=vllm_version,
+            model_id=options.model_id,
+            max_loras=lora.max_loras if lora else 0,
+            max_lora_rank=lora.max_lora_rank if lora else 0,
+            pid=os.getpid(),
+        )
+        service = WorkerService(adapters, info, feed, token=options.token)
+        config = uvicorn.Config(
+            WorkerApp(app, service),
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            timeout_keep_alive=3600,  # the router keeps connections; it closes them, not we
+            timeout_graceful_shutdown=int(options.drain_timeout_s),
+        )
+        server = _server(config)
+        serving = loop.create_task(server.serve(sockets=[listener]))
+        watching = loop.create_task(_follow_residency(service, feed))
+        stopping = loop.create_task(stop.wait())
+        failing = loop.create_task(_engine_death(engine))
+        done, _ = await asyncio.wait(
+            {serving, stopping, failing}, return_when=asyncio.FIRST_COMPLETED
+        )
+        feed.close()
+        server.should_exit = True
+        for task in (watching, stopping, failing):
+            task.cancel()
+        await serving
+        return 0 if stopping in done else 1
+    finally:
+        engine.shutdown()
+
+
+async def _engine_death(engine: Any) -> None:  # noqa: ANN401  (vLLM publishes no types)
+    """Return when the engine's own process has died; its HTTP would go on answering errors."""
+    while not engine.errored:
+        await asyncio.sleep(0.5)
+
+
+async def _follow_residency(service: WorkerService, feed: StateFeed) -> None:
+    """While requests run, the engine moves adapters between its tiers by itself: look again."""
+    while True:
+        await asyncio.sleep(RESIDENCY_PERIOD_S)
+        if feed.state.running:
+            await service.refresh()
+
+
+def _arguments(options: WorkerOptions) -> tuple[Any, Any]:
+    """vLLM's engine arguments, and the namespace that its application reads."""
+    from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415
+    from vllm.entrypoints.launchers.cli_args import (  # noqa: PLC0415
+        make_arg_parser,
+        validate_parsed_serve_args,
+    )
+    from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: PLC0415
+
+    parser = make_arg_parser(FlexibleArgumentParser())
+    args = parser.parse_args(["--model", options.model])
+    kwargs = dict(options.engine_kwargs)
+    if kwargs.get("enable_lora"):
+        # One host slot more than GPU slots, so that a new adapter is loaded, and found good, before
+        # the one that it replaces is dropped.
+        kwargs.setdefault("max_cpu_loras", int(kwargs.get("max_loras", 1)) + 1)
+    for name, value in kwargs.items():
+        if getattr(args, name, UNSET) is UNSET:
+            raise SystemExit(f"engine_kwargs: vLLM has no argument `{name}`")
+        setattr(args, name, value)
+    args.served_model_name = [options.model_id]
+    args.api_key = None
+    args.worker_extension_cls = "engine_worker.vllm_extension.LoraSlots"
+    validate_parsed_serve_args(args)
+    return AsyncEngineArgs.from_cli_args(args), args
+
+
+class VllmAdapters:
+    """Adapters in one vLLM engine: the `Engine` of service.py."""
+
+    def __init__(self, engine: Any, serving_models: Any, lora_config: Any) -> None:  # noqa: ANN401
+        self._engine = engine
+        self._serving = serving_models
+        self._ids: dict[AdapterId, int] = {}
+        self._by_id: dict[int, AdapterId] = {}
+        self._next_id = 0
+        # With a host tier of its own, vLLM keeps what it drops from a slot, and drops it there in
+        # its own order; without one, what is evicted has to be removed to make the room.
+        self._keeps_evicted = bool(
+            lora_config and lora_config.max_cpu_loras > lora_config.max_loras + 1
+        )
+
+    async def add(self, adapter: AdapterId, path: str, evict: Sequence[AdapterId]) -> None:
+        """Load through the engine, which checks the weights before it drops any."""
+        from vllm.lora.request import LoRARequest  # noqa: PLC0415
+
+        lora_id = self._ids.get(adapter)
+        if lora_id is None:
+            self._next_id += 1
+            lora_id = self._next_id
+        request = LoRARequest(lora_name=adapter.name, lora_int_id=lora_id, lora_path=path)
+        try:
+            await self._engine.add_lora(request)
+        except Exception as error:
+            if self._engine.errored:
+                raise WorkerError(500, f"the engine is dead: {error}") from error
+            raise WorkerError(400, f"vLLM refused {adapter.name}: {_last_line(error)}") from error
+        self._ids[adapter] = lora_id
+        self._by_id[lora_id] = adapter
+        self._serving.lora_requests[adapter.name] = request
+        for evicted in evict:
+            if self._keeps_evicted:
+                self._unserve(evicted)
+            else:
+                await self.remove(evicted)
+
+    async def remove(self, adapter: AdapterId) -> None:
+        """Take the adapter out of the engine; requests that run on it keep their weights."""
+        self._unserve(adapter)
+        lora_id = self._ids.pop(adapter, None)
+        if lora_id is not None:
+            await self._engine.remove_lora(lora_id)
+            self._by_id.pop(lora_id, None)
+
+    def _unserve(self, adapter: AdapterId) -> None:
+        """Answer 404 for the name, unless it stands for another version by now."""
+        served = self._serving.lora_requests.get(adapter.name)
+        if served is not None and served.lora_int_id == self._ids.get(adapter):
+            del self._serving.lora_requests[adapter.name]
+
+    async def residency(self) -> tuple[tuple[AdapterId, ...], tuple[AdapterId, ...]]:
+        """Ask the engine's processes; the first speaks for all, they hold the same."""
+        if not self._ids:
+            return (), ()
+        slots = set((await self._engine.collective_rpc("lorayard_gpu_lora_ids"))[0])
+        held = sorted(await self._engine.list_loras())
+        known = [
+            (lora_id in slots, self._by_id[lora_id]) for lora_id in held if lora_id in self._by_id
+        ]
+        return (
+            tuple(adapter for in_slot, adapter in known if in_slot),
+            tuple(adapter for in_slot, adapter in known if not in_slot),
+        )
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _stat_logger_factory(feed: StateFeed) -> Any:  # noqa: ANN401
+    from vllm.v1.metrics.loggers import StatLoggerBase  # noqa: PLC0415
+
+    class FeedLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM publishes no types
+        """Takes each step's scheduler counts to the feed."""
+
+        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:  # noqa: ANN401
+            pass
+
+        def record(
+            self,
+            scheduler_stats: Any,  # noqa: ANN401
+            iteration_stats: Any,  # noqa: ANN401
+            mm_cache_stats: Any = None,  # noqa: ANN401
+            engine_idx: int = 0,
+        ) -> None:
+            if scheduler_stats is not None:
+                feed.set_load(
+                    running=scheduler_stats.num_running_reqs,
+                    waiting=scheduler_stats.num_waiting_reqs
+                    + scheduler_stats.num_skipped_waiting_reqs,
+                    kv_usage=scheduler_stats.kv_cache_usage,
+                )
+
+        def log_engine_initialized(self) -> None:
+            pass
+
+    return FeedLogger
+
+
+class WorkerApp:
+    """vLLM's application with the worker's routes before it, behind the token."""
+
+    def __init__(self, app: Any, service: WorkerService) -> None:  # noqa: ANN401
+        self._app = app
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path, method = scope["path"], scope["method"]
+        headers = dict(scope["headers"])
+        authorization = headers.get(b"authorization", b"").decode("latin-1")
+        if path != protocol.HEALTH and not self._service.authorized(authorization):
+            error = WorkerError(401, "no or wrong worker token")
+            await _answer(send, 401, error.body())
+        elif not path.startswith(protocol.PREFIX):
+            await self._app(scope, receive, send)
+        elif (method, path) == ("GET", protocol.STATE):
+            await _stream(receive, send, self._service.lines())
+        else:
+            await self._route(method, path, receive, send)
+
+    async def _route(self, method: str, path: str, receive: Receive, send: Send) -> None:
+        service = self._service
+        try:
+            match method, path:
+                case "GET", protocol.INFO:
+                    body = service.info()
+                case "GET", protocol.ADAPTERS:
+                    body = service.state()
+                case "POST", protocol.LOAD:
+                    body = await service.load(await _body(receive))
+                case "POST", protocol.UNLOAD:
+                    body = await service.unload(await _body(receive))
+                case _:
+                    raise WorkerError(404, f"no route {method} {path}")
+        except WorkerError as error:
+            await _answer(send, error.status, error.body())
+        else:
+            await _answer(send, 200, body)
+
+
+async def _body(receive: Receive) -> bytes:
+    parts = []
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise WorkerError(400, "the body was cut short")
+        parts.append(message.get("body", b""))
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+async def _answer(send: Send, status: int, body: bytes) -> None:
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _stream(receive: Receive, send: Send, lines: AsyncIterator[bytes]) -> None:
+    headers = [(b"content-type", b"application/x-ndjson")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    gone = asyncio.create_task(_disconnected(receive))
+    try:
+        async for line in lines:
+            if gone.done():
+                return
+            await send({"type": "http.response.body", "body": line, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+    finally:
+        gone.cancel()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _server(config: Any) -> Any:  # noqa: ANN401
+    import uvicorn  # noqa: PLC0415
+
+    class Server(uvicorn.Server):  # type: ignore[misc]  # follow_imports = skip
+        """uvicorn without its signal handlers: SIGTERM is ours, to drain by."""
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    return Server(config)
