@@ -115,7 +115,7 @@ class RouterConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     max_overtakes: Natural = 256
     max_retries: Natural = 1
     max_body_bytes: Positive = 32 * 2**20
-    first_byte_timeout_s: Seconds = 300.0
+    first_byte_timeout_s: Seconds = 600.0
     idle_timeout_s: Seconds = 120.0
     boot_timeout_s: Seconds = 900.0
     drain_timeout_s: Seconds = 30.0

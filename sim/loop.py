@@ -15,7 +15,7 @@ from asyncio import events
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextvars import Context
-from typing import Any, TypeVar, TypeVarTuple, Unpack
+from typing import Any, TypeVar, TypeVarTuple, Unpack, cast
 
 import simpy
 
@@ -118,7 +118,7 @@ class SimLoop(asyncio.AbstractEventLoop):
 
     def run_until_complete(self, future: "Generator[Any, None, T] | Awaitable[T]") -> T:
         """Run until the future is done. Raises `RanDryError` where it never will be."""
-        main: asyncio.Future[T] = asyncio.ensure_future(future, loop=self)
+        main: asyncio.Future[T] = asyncio.ensure_future(cast(Awaitable[T], future), loop=self)
         ready, step, queue_is_empty = self._ready, self.env.step, self._nothing_scheduled
         events._set_running_loop(self)  # noqa: SLF001  (the one way to be the running loop)
         try:

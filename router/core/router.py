@@ -164,6 +164,10 @@ class Router:
         drained_s = (len(self._queue) + 1) / self._rate_per_s
         return float(min(max(1, math.ceil(drained_s)), RETRY_AFTER_MAX_S))
 
+    def set_observer(self, observer: Observer) -> None:
+        """Tell another observer from now on."""
+        self._observer = observer
+
     # For those who know the workers.
 
     def add_worker(self, worker: Worker) -> None:

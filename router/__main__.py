@@ -1,0 +1,99 @@
+"""`python -m router serve CONFIG.yaml` and `python -m router check CONFIG.yaml`."""
+
+import argparse
+import asyncio
+import logging
+import sys
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+
+from router.adapters.store import StoreError
+from router.adapters.validate import InvalidAdapterError
+from router.check import CheckError, check
+from router.config import Config, ConfigError, load
+from router.serve import serve
+from router.workers.process import WorkerStartError
+
+PORT_MAX = 65535
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="python -m router",
+        description="Serve many LoRA adapters of one base model on many vLLM workers.",
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    server = commands.add_parser(
+        "serve",
+        help="start the workers and serve OpenAI requests",
+        description="Start or attach the workers that CONFIG names, and serve OpenAI requests.",
+        epilog="example: python -m router serve configs/quickstart.yaml --port 8000",
+    )
+    server.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file; see configs/")
+    server.add_argument("--host", help="instead of router.host")
+    server.add_argument(
+        "--port", type=_port, help="instead of router.port; 0 lets the system choose"
+    )
+    server.add_argument(
+        "--log-level", choices=("debug", "info", "warning", "error"), default="info"
+    )
+    checker = commands.add_parser(
+        "check",
+        help="check a configuration and the adapters in its store, and start nothing",
+        description="Check a configuration: the file, the model folder, the store, each adapter.",
+    )
+    checker.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file; see configs/")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    arguments = parser().parse_args(argv)
+    errors = Console(stderr=True, soft_wrap=True)
+    try:
+        config = load(arguments.config)
+        if arguments.command == "check":
+            return check(config, Console(soft_wrap=True))
+        _serve(_overridden(config, arguments), arguments.log_level)
+    except (ConfigError, CheckError, StoreError, InvalidAdapterError, WorkerStartError) as error:
+        errors.print(f"error: {error}", style="red", highlight=False, markup=False)
+        return 2
+    except OSError as error:
+        errors.print(f"error: {error}", style="red", highlight=False, markup=False)
+        return 1
+    return 0
+
+
+def _overridden(config: Config, arguments: argparse.Namespace) -> Config:
+    given = {"host": arguments.host, "port": arguments.port}
+    changes = {name: value for name, value in given.items() if value is not None}
+    return msgspec.structs.replace(config, router=msgspec.structs.replace(config.router, **changes))
+
+
+def _serve(config: Config, level: str) -> None:
+    logging.basicConfig(
+        level=level.upper(),
+        format="%(asctime)s %(levelname).1s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
+    try:
+        import uvloop  # noqa: PLC0415  (not on every platform)
+    except ImportError:
+        asyncio.run(serve(config))
+    else:
+        uvloop.run(serve(config))
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= PORT_MAX:
+        raise argparse.ArgumentTypeError(f"{text} is no port")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

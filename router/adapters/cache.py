@@ -1,0 +1,123 @@
+"""The copy on disk: each adapter version in a folder of its own, whole or not there at all.
+
+A version is fetched once, however many workers want it at once, into a temporary folder beside its
+place, checked, and moved there in one step. What is in place is therefore complete and sound, also
+after a `kill -9`, and two processes may share the folder: whoever moves second finds it done.
+"""
+
+import asyncio
+import os
+import random
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Final
+
+from router.adapters.store import AdapterGoneError, AdapterStore, StoredAdapter, StoreError
+from router.adapters.validate import (
+    AdapterRules,
+    InvalidAdapterError,
+    check_files,
+    check_listing,
+)
+from router.core.job import LoadError, LoadFault
+
+PARTIAL: Final = ".partial-"
+STALE_S: Final = 3600.0
+BACKOFF_S: Final = 0.2
+
+
+def default_cache_dir() -> Path:
+    """Where adapters are kept if the configuration does not say: the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "lorayard"
+
+
+class AdapterCache:
+    """Adapters of one store on this machine's disk."""
+
+    def __init__(
+        self,
+        store: AdapterStore,
+        folder: Path,
+        rules: AdapterRules,
+        *,
+        timeout_s: float,
+        max_tries: int,
+    ) -> None:
+        self._store = store
+        self._folder = folder
+        self._rules = rules
+        self._timeout_s = timeout_s
+        self._max_tries = max_tries
+        self._fetching: dict[str, asyncio.Task[Path]] = {}
+        self.fetches = 0
+
+    def prepare(self) -> None:
+        """Make the folder, and remove what downloads that were cut off have left in it."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for path in self._folder.glob(f"{PARTIAL}*"):
+            if time.time() - path.stat().st_mtime > STALE_S:
+                shutil.rmtree(path, ignore_errors=True)
+
+    async def folder_of(self, adapter: StoredAdapter) -> Path:
+        """The folder with the adapter's files, fetched now if need be. Raises `LoadError`."""
+        place = self._folder / f"{adapter.name}@{adapter.version}"
+        task = self._fetching.get(place.name)
+        if task is None:
+            if place.is_dir():
+                return place
+            task = asyncio.create_task(self._fetch(adapter, place))
+            self._fetching[place.name] = task
+            task.add_done_callback(lambda _: self._fetching.pop(place.name, None))
+        # Shielded: who leaves must not end the download that others wait for.
+        return await asyncio.shield(task)
+
+    async def _fetch(self, adapter: StoredAdapter, place: Path) -> Path:
+        try:
+            check_listing(adapter)
+        except InvalidAdapterError as error:
+            raise LoadError(LoadFault.ADAPTER_INVALID, str(error)) from None
+        last = ""
+        for attempt in range(self._max_tries):
+            if attempt:
+                await asyncio.sleep(BACKOFF_S * 2**attempt * random.uniform(0.5, 1.0))
+            stop = threading.Event()
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    await asyncio.to_thread(self._fetch_once, adapter, place, stop)
+            except TimeoutError:
+                last = f"not here after {self._timeout_s:g} s (download_timeout_s)"
+            except AdapterGoneError as error:
+                raise LoadError(LoadFault.ADAPTER_MISSING, str(error)) from None
+            except InvalidAdapterError as error:
+                raise LoadError(LoadFault.ADAPTER_INVALID, str(error)) from None
+            except StoreError as error:
+                last = str(error)
+            except OSError as error:
+                last = f"{self._folder}: {error.strerror}"
+            else:
+                return place
+            finally:
+                stop.set()
+        tries = "1 try" if self._max_tries == 1 else f"{self._max_tries} tries"
+        raise LoadError(
+            LoadFault.STORE_UNAVAILABLE, f"adapter {adapter.name}: {last}, after {tries}"
+        )
+
+    def _fetch_once(self, adapter: StoredAdapter, place: Path, stop: threading.Event) -> None:
+        self.fetches += 1
+        partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=self._folder))
+        try:
+            self._store.fetch(adapter, partial, stop.is_set)
+            check_files(adapter.name, partial, self._rules)
+            partial.chmod(0o755)
+            try:
+                partial.rename(place)
+            except OSError:
+                if not place.is_dir():
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,74 @@
+"""`router check`: everything about a configuration that can be known without starting anything."""
+
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from router.adapters.open import open_store
+from router.adapters.store import StoreError
+from router.adapters.validate import (
+    InvalidAdapterError,
+    adapter_rules,
+    check_files,
+    check_listing,
+)
+from router.config import Config, LLMConfig
+
+
+class CheckError(Exception):
+    """Something that the configuration names is not as it must be."""
+
+
+def check(config: Config, console: Console) -> int:
+    """Print what was found; return the exit status, 1 where an adapter would be refused.
+
+    Raises `CheckError` and `StoreError` for what would keep the router from starting.
+    """
+    refused = 0
+    for llm in config.llm_configs:
+        _check_model(llm)
+        scaling = llm.deployment_config
+        console.print(
+            f"{llm.model_id}: engine {llm.engine}, {llm.replicas or len(llm.attach)} workers, "
+            f"{scaling.max_ongoing_requests} requests each, {llm.slots} adapter slots each",
+            highlight=False,
+        )
+        if llm.lora_config is not None:
+            refused += _check_adapters(llm, llm.lora_config.dynamic_lora_loading_path, console)
+    console.print("ok" if not refused else f"{refused} adapters would be refused", highlight=False)
+    return 1 if refused else 0
+
+
+def _check_model(llm: LLMConfig) -> None:
+    source = llm.model_loading_config.source
+    if (
+        llm.engine == "vllm"
+        and source.startswith("/")
+        and not (Path(source) / "config.json").is_file()
+    ):
+        raise CheckError(f"{llm.model_id}: model_source {source} has no config.json")
+
+
+def _check_adapters(llm: LLMConfig, path: str, console: Console) -> int:
+    store = open_store(path)
+    listed = store.list()
+    console.print(f"  {len(listed)} adapters in {path}", highlight=False)
+    rules = adapter_rules(llm)
+    refused = 0
+    for adapter in listed.values():
+        try:
+            check_listing(adapter)
+            with tempfile.TemporaryDirectory(prefix="lorayard-check-") as folder:
+                store.fetch(adapter, Path(folder), lambda: False)
+                facts = check_files(adapter.name, Path(folder), rules)
+        except (InvalidAdapterError, StoreError) as error:
+            refused += 1
+            console.print(f"  refused: {error}", style="red", highlight=False, markup=False)
+        else:
+            console.print(
+                f"  {llm.model_id}:{adapter.name}  rank {facts.rank}, {facts.bytes / 1e6:.1f} MB, "
+                f"{', '.join(facts.target_modules)}",
+                highlight=False,
+            )
+    return refused

@@ -1,0 +1,321 @@
+"""The routes: from an OpenAI request to a job, a lease, a relay, and an outcome with a name.
+
+    GET  /health /ready /metrics     no key needed
+    GET  /v1/models /v1/models/{id}  answered here, from the catalog
+    POST /v1/...                     passed on to a worker, whatever it is that vLLM serves there
+
+A request's model is looked up before any worker is touched. Whatever happens, the lease is left, the
+outcome is counted once, and the answer carries `x-request-id`, `x-worker` and `x-adapter`.
+"""
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final
+
+import msgspec
+from aiohttp import web
+
+from router.adapters.store import StoreError
+from router.config import RouterConfig
+from router.core.job import AdapterRef, AdapterUse, Job, LoadError, LoadFault, Outcome, Rejected
+from router.core.router import Lease
+from router.frontend.auth import Keys
+from router.frontend.errors import ApiError, load_failed, model_not_found, rejected
+from router.frontend.head import BYTES_PER_TOKEN, Head, parse_head
+from router.frontend.relay import (
+    AnswerCutError,
+    WorkerFailedError,
+    WorkerStalledError,
+    forwarded_headers,
+    relay,
+)
+from router.model import ModelService
+from router.telemetry.metrics import Metrics
+
+log = logging.getLogger("lorayard.frontend")
+
+OPEN_PATHS: Final = frozenset({"/health", "/ready", "/metrics"})
+# Of one worker alone in vLLM; here the store and the router decide what is loaded.
+NOT_PASSED_ON: Final = frozenset({"load_lora_adapter", "unload_lora_adapter"})
+REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Frontend:
+    """The web application over the models that are served."""
+
+    def __init__(
+        self, models: Sequence[ModelService], config: RouterConfig, metrics: Metrics, keys: Keys
+    ) -> None:
+        self._models = {model.model_id: model for model in models}
+        self._config = config
+        self._metrics = metrics
+        self._keys = keys
+        self._created = int(time.time())
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def application(self) -> web.Application:
+        """The application to serve."""
+        app = web.Application(
+            middlewares=[self._stamped], client_max_size=self._config.max_body_bytes
+        )
+        app.add_routes(
+            [
+                web.get("/health", self._health),
+                web.get("/ready", self._ready),
+                web.get("/metrics", self._page),
+                web.get("/v1/models", self._list_models),
+                web.get("/v1/models/{id:.+}", self._show_model),
+                web.post("/v1/{path:.+}", self._pass_on),
+            ]
+        )
+        return app
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are being passed on."""
+        return self._in_flight
+
+    async def drained(self) -> None:
+        """Return when no request is being passed on."""
+        await self._idle.wait()
+
+    # Around every answer.
+
+    @web.middleware
+    async def _stamped(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Check the key, turn errors into answers, and put the three headers on all of them."""
+        given = request.headers.get("x-request-id", "")
+        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        request["request_id"] = request_id
+        request["stamps"] = stamps = {
+            "X-Request-Id": request_id,
+            "X-Worker": "none",
+            "X-Adapter": AdapterUse.NONE.value,
+        }
+        try:
+            if request.path not in OPEN_PATHS and not self._keys.accept(
+                request.headers.get("Authorization")
+            ):
+                raise ApiError(
+                    401,
+                    "No or wrong API key; send `Authorization: Bearer KEY`.",
+                    code="invalid_api_key",
+                )
+            response = await handler(request)
+        except ApiError as error:
+            response = error.response()
+        except web.HTTPRequestEntityTooLarge:
+            limit = self._config.max_body_bytes
+            response = ApiError(413, f"The body is larger than {limit:,} bytes.").response()
+        except web.HTTPException as error:
+            message = f"{request.method} {request.path}: {error.reason}."
+            response = ApiError(error.status, message).response()
+            if "Allow" in error.headers:
+                response.headers["Allow"] = error.headers["Allow"]
+        if not response.prepared:
+            response.headers.update(stamps)
+        return response
+
+    # Answered here.
+
+    async def _health(self, _: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    async def _ready(self, _: web.Request) -> web.Response:
+        states = {name: model.ready for name, model in self._models.items()}
+        ready = all(states.values())
+        return web.json_response({"ready": ready, "models": states}, status=200 if ready else 503)
+
+    async def _page(self, _: web.Request) -> web.Response:
+        return web.Response(
+            body=self._metrics.page(),
+            headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
+        )
+
+    async def _list_models(self, _: web.Request) -> web.Response:
+        data = []
+        for model in self._models.values():
+            data.append(self._card(model, None))
+            if model.catalog is not None:
+                data += [self._card(model, name) for name in model.catalog.names]
+        return _json({"object": "list", "data": data})
+
+    async def _show_model(self, request: web.Request) -> web.Response:
+        model, adapter = await self._resolve(request.match_info["id"])
+        return _json(self._card(model, adapter.name if adapter else None))
+
+    def _card(self, model: ModelService, adapter: str | None) -> dict[str, Any]:
+        return {
+            "id": f"{model.model_id}:{adapter}" if adapter else model.model_id,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "lorayard",
+            "root": adapter or model.llm.model_loading_config.source,
+            "parent": model.model_id if adapter else None,
+        }
+
+    # Passed on.
+
+    async def _resolve(self, model_id: str | None) -> tuple[ModelService, AdapterRef | None]:
+        """The model and adapter of an id, or 404. Without an id, the only model there is."""
+        if model_id is None:
+            if len(self._models) > 1:
+                raise ApiError(
+                    400,
+                    f"`model` is missing; name one of {', '.join(self._models)}.",
+                    param="model",
+                )
+            return next(iter(self._models.values())), None
+        base, colon, name = model_id.partition(":")
+        model = self._models.get(base)
+        if model is None:
+            raise model_not_found(model_id)
+        if not colon:
+            return model, None
+        try:
+            adapter = await model.find(name)
+        except StoreError as error:
+            raise load_failed(LoadError(LoadFault.STORE_UNAVAILABLE, str(error))) from None
+        if adapter is None:
+            raise model_not_found(model_id)
+        return model, adapter
+
+    async def _pass_on(self, request: web.Request) -> web.StreamResponse:
+        path = request.match_info["path"]
+        if path in NOT_PASSED_ON:
+            raise ApiError(
+                404, "Adapters are loaded when they are asked for; put new ones into the store."
+            )
+        body = await request.read()
+        head = parse_head(body)
+        model, adapter = await self._resolve(head.model)
+        self._in_flight += 1
+        self._idle.clear()
+        exchange = Exchange(self, request, body, head, model, adapter)
+        try:
+            return await exchange.run()
+        finally:
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._idle.set()
+            self._metrics.ended(model.model_id, exchange.outcome)
+
+    @property
+    def config(self) -> RouterConfig:
+        """The router's settings."""
+        return self._config
+
+    @property
+    def metrics(self) -> Metrics:
+        """Where requests are counted."""
+        return self._metrics
+
+
+class Exchange:
+    """One request from its job to its outcome, over as many workers as its retries allow."""
+
+    def __init__(
+        self,
+        frontend: Frontend,
+        request: web.Request,
+        body: bytes,
+        head: Head,
+        model: ModelService,
+        adapter: AdapterRef | None,
+    ) -> None:
+        self._frontend = frontend
+        self._request = request
+        self._body = body
+        self._model = model
+        self._loop = asyncio.get_running_loop()
+        self._arrived = self._loop.time()
+        self.outcome = Outcome.CLIENT_GONE  # until another is known: cancelled before an answer
+        self._job = Job(
+            request["request_id"],
+            adapter,
+            prompt_tokens=len(body) // BYTES_PER_TOKEN,
+            max_output_tokens=head.output_tokens,
+        )
+
+    async def run(self) -> web.StreamResponse:
+        """Answer the client. Raises `ApiError` where that is the answer."""
+        retries = self._frontend.config.max_retries
+        while True:
+            try:
+                async with self._model.router.lease(self._job) as lease:
+                    return await self._relay(lease)
+            except Rejected as error:
+                self.outcome = error.outcome
+                raise rejected(error) from None
+            except LoadError as error:
+                self.outcome = Outcome.LOAD_FAILED
+                if error.fault is not LoadFault.WORKER or retries <= 0:
+                    raise load_failed(error) from None
+            except WorkerStalledError as error:
+                self.outcome = Outcome.WORKER_STALLED
+                raise self._worker_error(504, error) from None
+            except WorkerFailedError as error:
+                self.outcome = Outcome.WORKER_FAILED
+                if retries <= 0:
+                    raise self._worker_error(502, error) from None
+            retries -= 1
+            self._frontend.metrics.retries.labels(self._model.model_id).inc()
+            self.outcome = Outcome.CLIENT_GONE
+
+    def _worker_error(self, status: int, error: Exception) -> ApiError:
+        worker = self._request["stamps"]["X-Worker"]
+        return ApiError(
+            status,
+            f"Worker {worker} failed before its answer: {error}.",
+            kind="server_error",
+            code=self.outcome.value,
+        )
+
+    async def _relay(self, lease: Lease) -> web.StreamResponse:
+        metrics, name, config = self._frontend.metrics, self._model.model_id, self._frontend.config
+        worker_id = lease.worker.id
+        stamps = self._request["stamps"]
+        stamps["X-Worker"] = worker_id
+        stamps["X-Adapter"] = lease.use.value
+        if lease.queued_s:
+            metrics.queue_s.labels(name).observe(lease.queued_s)
+        # A retry, if there is one, should go elsewhere.
+        self._job.avoid = (*self._job.avoid, worker_id)
+        client = self._model.pool.client(worker_id)
+        if client is None:
+            raise WorkerFailedError("it is gone")
+        first_byte = self._loop.create_future()
+        try:
+            response = await relay(
+                self._request,
+                self._body,
+                client,
+                headers=forwarded_headers(self._request.headers, self._job.id),
+                stamps=stamps,
+                first_byte_timeout_s=config.first_byte_timeout_s,
+                idle_timeout_s=config.idle_timeout_s,
+                on_first_byte=first_byte,
+            )
+        except AnswerCutError as error:
+            self.outcome = Outcome.CLIENT_GONE if error.client_gone else Outcome.WORKER_FAILED
+            log.warning("%s: answer of %s was cut off: %s", self._job.id, worker_id, error)
+            # Closed without its end, so that the client sees that the answer is not whole.
+            if self._request.transport is not None:
+                self._request.transport.abort()
+            raise asyncio.CancelledError from None
+        now = self._loop.time()
+        self.outcome = Outcome.COMPLETED if response.status < 400 else Outcome.REFUSED  # noqa: PLR2004
+        metrics.placed(self._job, lease.use)
+        metrics.request_s.labels(name).observe(now - self._arrived)
+        return response
+
+
+def _json(data: dict[str, Any]) -> web.Response:
+    return web.Response(body=msgspec.json.encode(data), content_type="application/json")

@@ -1,0 +1,87 @@
+"""Errors in OpenAI's shape, each with the status that the contract gives it."""
+
+import math
+from typing import Final
+
+import msgspec
+from aiohttp import web
+
+from router.core.job import LoadError, LoadFault, Rejected
+
+LOAD_STATUS: Final[dict[LoadFault, tuple[int, str, str]]] = {
+    LoadFault.ADAPTER_MISSING: (404, "invalid_request_error", "model_not_found"),
+    LoadFault.ADAPTER_INVALID: (400, "invalid_request_error", "adapter_invalid"),
+    LoadFault.STORE_UNAVAILABLE: (503, "server_error", "adapter_store_unavailable"),
+    LoadFault.WORKER: (502, "server_error", "adapter_load_failed"),
+}
+STORE_RETRY_AFTER_S: Final = 5
+
+
+class ApiError(Exception):
+    """An answer that is an error. `param` names the field at fault, `code` what is wrong with it."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.param = param
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+    def response(self) -> web.Response:
+        """The answer."""
+        body = {
+            "error": {
+                "message": str(self),
+                "type": self.kind,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+        response = web.Response(
+            status=self.status, body=msgspec.json.encode(body), content_type="application/json"
+        )
+        if self.retry_after_s is not None:
+            response.headers["Retry-After"] = str(max(1, math.ceil(self.retry_after_s)))
+        return response
+
+
+def model_not_found(model: str) -> ApiError:
+    """404, before any worker is touched."""
+    shown = model if len(model) <= 256 else model[:256] + "..."  # noqa: PLR2004
+    return ApiError(
+        404,
+        f"The model `{shown}` does not exist; GET /v1/models lists those that do.",
+        param="model",
+        code="model_not_found",
+    )
+
+
+def rejected(error: Rejected) -> ApiError:
+    """503: no capacity."""
+    return ApiError(
+        503,
+        str(error),
+        kind="server_error",
+        code=error.outcome.value,
+        retry_after_s=error.retry_after_s,
+    )
+
+
+def load_failed(error: LoadError) -> ApiError:
+    """The adapter could not be made resident."""
+    status, kind, code = LOAD_STATUS[error.fault]
+    retry_after_s = STORE_RETRY_AFTER_S if status == 503 else None  # noqa: PLR2004
+    param = "model" if error.fault is not LoadFault.WORKER else None
+    return ApiError(
+        status, str(error), kind=kind, param=param, code=code, retry_after_s=retry_after_s
+    )

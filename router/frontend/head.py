@@ -1,0 +1,49 @@
+"""What routing needs of a request's body: its head. The body itself goes on as it was received.
+
+The JSON is read once, whole, and only these fields become objects; everything else is skipped over.
+Of a key that stands twice the last one counts, here and in vLLM, so both see the same model.
+"""
+
+from typing import Annotated, Final
+
+import msgspec
+
+from router.frontend.errors import ApiError
+
+BYTES_PER_TOKEN: Final = 4  # of English text, about; an estimate is all that placement needs
+MODEL_MAX: Final = 512
+
+
+class Head(msgspec.Struct):
+    """The fields of an OpenAI request that matter here."""
+
+    model: Annotated[str, msgspec.Meta(max_length=MODEL_MAX)] | None = None
+    stream: bool | None = False
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    max_output_tokens: int | None = None
+
+    @property
+    def output_tokens(self) -> int:
+        """The most tokens that the client wants, 0 where it does not say."""
+        asked = self.max_completion_tokens or self.max_tokens or self.max_output_tokens or 0
+        return max(0, asked)
+
+
+_decode = msgspec.json.Decoder(Head).decode
+
+
+def parse_head(body: bytes) -> Head:
+    """Read the head of a body. Raises `ApiError` 400 that says what to send instead."""
+    try:
+        return _decode(body)
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).partition(" - at ")
+        field = where.strip("`").removeprefix("$").removeprefix(".")
+        if not field:
+            raise ApiError(400, 'The body must be a JSON object, such as {"model": ...}.') from None
+        raise ApiError(400, f"`{field}`: {what}.", param=field, code="invalid_value") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ApiError(
+            400, f"The body is not valid JSON ({error}); send a JSON object.", code="invalid_json"
+        ) from None

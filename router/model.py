@@ -1,0 +1,92 @@
+"""One base model in production: its catalog, its copy of adapters, its workers, its router."""
+
+import asyncio
+import logging
+from pathlib import Path
+from random import Random
+
+from router.adapters.cache import AdapterCache, default_cache_dir
+from router.adapters.catalog import AdapterCatalog
+from router.adapters.open import open_store
+from router.adapters.validate import adapter_rules
+from router.config import LLMConfig, RouterConfig
+from router.core.fleet import Fleet
+from router.core.job import AdapterRef
+from router.core.policies import POLICIES
+from router.core.router import Router
+from router.telemetry.metrics import Metrics
+from router.workers.pool import WorkerPool
+
+log = logging.getLogger("lorayard")
+
+
+class ModelService:
+    """A base model and everything that serves it. To be made inside a running loop."""
+
+    def __init__(self, llm: LLMConfig, config: RouterConfig, metrics: Metrics) -> None:
+        self.llm = llm
+        self.model_id = llm.model_id
+        cache_dir = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
+        self.catalog: AdapterCatalog | None = None
+        self._cache: AdapterCache | None = None
+        if llm.lora_config is not None:
+            store = open_store(llm.lora_config.dynamic_lora_loading_path)
+            self.catalog = AdapterCatalog(store, refresh_s=config.store_refresh_s)
+            self._cache = AdapterCache(
+                store,
+                cache_dir / "adapters" / llm.model_id.replace("/", "--"),
+                adapter_rules(llm),
+                timeout_s=llm.lora_config.download_timeout_s,
+                max_tries=llm.lora_config.max_download_tries,
+            )
+        self.pool = WorkerPool(
+            llm,
+            config,
+            log_dir=Path(config.log_dir) if config.log_dir else cache_dir / "logs",
+            catalog=self.catalog,
+            cache=self._cache,
+        )
+        fleet = Fleet(llm.model_id)
+        self.router = Router(
+            fleet,
+            POLICIES[config.policy],
+            self.pool,
+            rng=Random(config.seed),
+            max_queued=config.max_queued_requests,
+            queue_timeout_s=config.queue_timeout_s,
+            max_overtakes=config.max_overtakes,
+        )
+        self.router.set_observer(metrics.watch(llm.model_id, self.router))
+        self._refreshing: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Read the listing and begin to start the workers. Raises `StoreError`, `OSError`."""
+        if self.catalog is not None and self._cache is not None:
+            await asyncio.to_thread(self._cache.prepare)
+            await self.catalog.refresh()
+            log.info("%s: %d adapters in the store", self.model_id, len(self.catalog.names))
+            self._refreshing = asyncio.create_task(self.catalog.keep_fresh())
+        self.pool.start(self.router)
+
+    async def started(self) -> None:
+        """Return when every worker can serve. Raises `WorkerStartError`."""
+        await self.pool.started()
+
+    async def find(self, name: str) -> AdapterRef | None:
+        """The adapter of that name, or None. Raises `StoreError`."""
+        if self.catalog is None:
+            return None
+        stored = self.catalog.get(name) or await self.catalog.find(name)
+        return None if stored is None else AdapterRef(self.model_id, name, stored.version)
+
+    @property
+    def ready(self) -> bool:
+        """Whether a worker accepts requests."""
+        return any(worker.accepting for worker in self.router.fleet)
+
+    async def stop(self) -> None:
+        """End the workers, once nothing runs any more."""
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+        await self.router.aclose()
+        await self.pool.stop()

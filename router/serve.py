@@ -1,0 +1,136 @@
+"""`router serve`: start everything in order, say how far it is, and stop without losing a request.
+
+The order of stopping: no new leases, the running answers end (within `drain_timeout_s`), the workers
+are told to stop, the process ends. A second signal cuts the wait short.
+"""
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+from aiohttp import web
+
+from router.config import Config
+from router.frontend.app import Frontend
+from router.frontend.auth import Keys
+from router.model import ModelService
+from router.telemetry.metrics import Metrics
+
+log = logging.getLogger("lorayard")
+
+BACKLOG = 4096
+
+
+async def serve(config: Config) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises `OSError` where the port cannot be had, `StoreError` where a store cannot be read, and
+    `WorkerStartError` where a worker does not come up.
+    """
+    stop = asyncio.Event()
+    hurry = asyncio.Event()
+
+    def on_signal() -> None:
+        (hurry if stop.is_set() else stop).set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    settings = config.router
+    listener = listen(settings.host, settings.port)
+    metrics = Metrics()
+    models: list[ModelService] = []
+    keys = Keys.from_environment(settings.api_keys_env)
+    try:
+        models = [ModelService(llm, settings, metrics) for llm in config.llm_configs]
+        frontend = Frontend(models, settings, metrics, keys)
+        runner = web.AppRunner(
+            frontend.application(),
+            handler_cancellation=True,
+            access_log=None,
+            shutdown_timeout=1.0,
+        )
+        await runner.setup()
+        await web.SockSite(runner, listener, backlog=BACKLOG).start()
+        for model in models:
+            await model.start()
+        address = url_of(listener)
+        log.info("listening on %s/v1, waiting for workers", address)
+        try:
+            await _until_started(models, stop)
+            if not stop.is_set():
+                announce(address, models, with_key=bool(keys))
+            await stop.wait()
+            log.info("stopping: %d requests are running", frontend.in_flight)
+            for model in models:
+                model.router.close()
+            await _drain(frontend, hurry, settings.drain_timeout_s)
+        finally:
+            await runner.cleanup()
+    finally:
+        await asyncio.gather(*(model.stop() for model in models))
+        listener.close()
+        log.info("stopped")
+
+
+async def _until_started(models: Sequence[ModelService], stop: asyncio.Event) -> None:
+    starting = asyncio.gather(*(model.started() for model in models))
+    stopping = asyncio.ensure_future(stop.wait())
+    ends: tuple[asyncio.Future[Any], ...] = (starting, stopping)
+    try:
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+    finally:
+        stopping.cancel()
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+
+
+async def _drain(frontend: Frontend, hurry: asyncio.Event, timeout_s: float) -> None:
+    drained = asyncio.create_task(frontend.drained())
+    hurried = asyncio.create_task(hurry.wait())
+    await asyncio.wait({drained, hurried}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    if not drained.done():
+        log.warning("%d requests are cut off", frontend.in_flight)
+    drained.cancel()
+    hurried.cancel()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Bind the front end's socket, before anything slow is begun. Raises `OSError`."""
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.setblocking(False)  # noqa: FBT003
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """The address that a listener is reached at."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def announce(address: str, models: Sequence[ModelService], *, with_key: bool) -> None:
+    """Print two lines to try: one for a base model, one for an adapter if there is one."""
+    model = models[0]
+    ids = [model.model_id]
+    if model.catalog is not None and model.catalog.names:
+        ids.append(f"{model.model_id}:{model.catalog.names[0]}")
+    key = " -H 'Authorization: Bearer KEY'" if with_key else ""
+    lines = [
+        f"curl -s {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d "
+        f'\'{{"model": "{model_id}", "max_tokens": 48, "messages": '
+        '[{"role": "user", "content": "What is the capital of France?"}]}\''
+        for model_id in ids
+    ]
+    print(f"\nready on {address}/v1\n\n" + "\n\n".join(lines) + "\n", flush=True)  # noqa: T201

@@ -1,0 +1,167 @@
+"""Prometheus metrics of the router. Every label is bounded: by the configuration, or by an enum.
+
+An adapter's name is a label only of adapters that are in the store, and of no more than
+`ADAPTER_LABELS_MAX` of them; the others are counted together as `other`.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from router.core.fleet import Worker
+from router.core.job import AdapterRef, AdapterUse, Job, LoadError, Outcome
+from router.core.placement import Decision
+from router.core.router import Router
+
+ADAPTER_LABELS_MAX: Final = 1000
+OTHER: Final = "other"
+SECONDS: Final = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0,
+)  # fmt: skip
+
+
+class Metrics:
+    """All metrics of one router process."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._adapters: dict[tuple[str, str], None] = {}
+        self.requests = Counter(
+            "lorayard_requests",
+            "Requests by the way in which they ended.",
+            ("model", "outcome"),
+            registry=self.registry,
+        )
+        self.adapter_requests = Counter(
+            "lorayard_adapter_requests",
+            "Requests for an adapter, by where it stood: hit, loading, cold.",
+            ("model", "adapter", "use"),
+            registry=self.registry,
+        )
+        self.decisions = Counter(
+            "lorayard_decisions",
+            "Placements by their reason.",
+            ("model", "reason"),
+            registry=self.registry,
+        )
+        self.loads = Counter(
+            "lorayard_adapter_loads",
+            "Adapter loads by result: ok, or whose fault.",
+            ("model", "result"),
+            registry=self.registry,
+        )
+        self.evictions = Counter(
+            "lorayard_adapter_evictions",
+            "Adapters that left a worker for another.",
+            ("model",),
+            registry=self.registry,
+        )
+        self.retries = Counter(
+            "lorayard_retries",
+            "Requests sent to another worker because one failed.",
+            ("model",),
+            registry=self.registry,
+        )
+        self.load_s = self._histogram(
+            "lorayard_adapter_load_seconds", "Decision to resident, of loads that succeeded."
+        )
+        self.queue_s = self._histogram(
+            "lorayard_queue_seconds", "Time that requests waited for capacity, of those that did."
+        )
+        self.first_byte_s = self._histogram(
+            "lorayard_first_byte_seconds", "Arrival to the first byte of the worker's answer."
+        )
+        self.request_s = self._histogram(
+            "lorayard_request_seconds", "Arrival to the last byte of the answer."
+        )
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(name, text, ("model",), buckets=SECONDS, registry=self.registry)
+
+    def watch(self, model: str, router: Router) -> "RouterObserver":
+        """Show a router's fleet and queue, and return the observer to give to it."""
+        self.registry.register(_FleetCollector(model, router))
+        return RouterObserver(self, model)
+
+    def ended(self, model: str, outcome: Outcome) -> None:
+        """Count how a request ended."""
+        self.requests.labels(model, outcome.value).inc()
+
+    def placed(self, job: Job, use: AdapterUse) -> None:
+        """Count a request for an adapter."""
+        if job.adapter is not None:
+            label = self._adapter_label(job.adapter)
+            self.adapter_requests.labels(job.adapter.model, label, use.value).inc()
+
+    def _adapter_label(self, adapter: AdapterRef) -> str:
+        key = (adapter.model, adapter.name)
+        if key not in self._adapters:
+            if len(self._adapters) >= ADAPTER_LABELS_MAX:
+                return OTHER
+            self._adapters[key] = None
+        return adapter.name
+
+    def page(self) -> bytes:
+        """The text of `GET /metrics`."""
+        return generate_latest(self.registry)
+
+
+class RouterObserver:
+    """Counts what one router decides and loads: the core's `Observer`."""
+
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        self._metrics = metrics
+        self._model = model
+
+    def decided(self, job: Job, decision: Decision, evicting: AdapterRef | None) -> None:  # noqa: ARG002
+        """Count the placement by its reason."""
+        self._metrics.decisions.labels(self._model, decision.reason.value).inc()
+
+    def load_ended(
+        self,
+        worker: Worker,  # noqa: ARG002
+        adapter: AdapterRef,  # noqa: ARG002
+        load_s: float,
+        error: LoadError | None,
+    ) -> None:
+        """Count the load, and its time where it succeeded."""
+        result = "ok" if error is None else error.fault.value
+        self._metrics.loads.labels(self._model, result).inc()
+        if error is None:
+            self._metrics.load_s.labels(self._model).observe(load_s)
+
+    def evicted(self, worker: Worker, adapter: AdapterRef) -> None:  # noqa: ARG002
+        """Count the eviction."""
+        self._metrics.evictions.labels(self._model).inc()
+
+
+class _FleetCollector(Collector):
+    """Gauges read off the fleet when they are asked for, so that they cost requests nothing."""
+
+    def __init__(self, model: str, router: Router) -> None:
+        self._model = model
+        self._router = router
+
+    def collect(self) -> Iterator[Metric]:
+        queued = GaugeMetricFamily(
+            "lorayard_queued_requests", "Requests that wait for capacity.", labels=["model"]
+        )
+        queued.add_metric([self._model], self._router.queued)
+        yield queued
+        workers = list(self._router.fleet)
+        rows: Iterable[tuple[str, str, list[float]]] = (
+            ("in_flight", "Requests that the router has there.", [w.in_flight for w in workers]),
+            ("running", "Requests in the engine's batch.", [w.report.running for w in workers]),
+            ("waiting", "Requests in the engine's queue.", [w.report.waiting for w in workers]),
+            ("kv_usage", "Share of KV blocks in use.", [w.report.kv_usage for w in workers]),
+            ("adapters", "Adapter slots taken or promised.", [w.slots.occupied for w in workers]),
+            ("accepting", "1 while it is sent requests.", [float(w.accepting) for w in workers]),
+        )
+        for name, text, values in rows:
+            gauge = GaugeMetricFamily(f"lorayard_worker_{name}", text, labels=["model", "worker"])
+            for worker, value in zip(workers, values, strict=True):
+                gauge.add_metric([self._model, worker.id], value)
+            yield gauge

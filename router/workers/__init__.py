@@ -1,0 +1,1 @@
+"""Workers: started or attached, followed, and spoken to."""

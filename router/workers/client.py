@@ -1,0 +1,265 @@
+"""Speaking to one worker: our own engine workers and stock vLLM servers, behind one interface.
+
+Each worker has a connection pool of its own, so that a slow one cannot take connections from the
+others. What goes wrong on the way is translated here, once, into the core's words.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Final, Protocol
+
+import aiohttp
+import msgspec
+from prometheus_client.parser import text_string_to_metric_families
+
+from engine_worker import protocol
+from engine_worker.protocol import AdapterId, Info, LoadReply, LoadRequest, State, WireError
+from router.core.job import LoadError, LoadFault
+
+CONNECT_TIMEOUT_S: Final = 5.0
+CONTROL_TIMEOUT_S: Final = 10.0
+LOAD_TIMEOUT_S: Final = 120.0
+STATE_TIMEOUT_S: Final = 5.0
+POLL_S: Final = 1.0
+KEEPALIVE_S: Final = 600.0
+LINE_MAX_BYTES: Final = 1 << 20
+METRICS: Final = (
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:kv_cache_usage_perc",
+)
+OK: Final = 200
+BAD_REQUEST: Final = 400
+NOT_FOUND: Final = 404
+
+
+class WorkerUnreachableError(Exception):
+    """The worker does not answer, or answers what no worker does."""
+
+
+class WorkerClient(Protocol):
+    """One worker, from the router's side."""
+
+    session: aiohttp.ClientSession
+    url: str
+
+    async def load(self, adapter: AdapterId, path: Path, evict: AdapterId | None) -> int:
+        """Make an adapter resident, then drop `evict`; the state's number. Raises `LoadError`."""
+
+    def states(self) -> AsyncIterator[State]:
+        """Follow the worker's state for as long as it lives. Raises `WorkerUnreachableError`."""
+
+    async def close(self) -> None:
+        """Close its connections."""
+
+
+def open_session(address: str, token: str | None) -> tuple[aiohttp.ClientSession, str]:
+    """A pool of connections to `http://host:port` or `unix:/path`, and the base URL to use in it."""
+    connector: aiohttp.BaseConnector
+    if address.startswith("unix:"):
+        path = address.removeprefix("unix:")
+        connector = aiohttp.UnixConnector(path, limit=0, keepalive_timeout=KEEPALIVE_S)
+        url = "http://worker"
+    else:
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
+        url = address.rstrip("/")
+    session = aiohttp.ClientSession(
+        connector=connector,
+        auto_decompress=False,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
+        headers={"Authorization": f"Bearer {token}"} if token else None,
+        skip_auto_headers=("User-Agent", "Accept-Encoding"),
+    )
+    return session, url
+
+
+async def is_healthy(session: aiohttp.ClientSession, url: str) -> bool:
+    """Whether the worker says that it can serve."""
+    try:
+        timeout = aiohttp.ClientTimeout(total=CONTROL_TIMEOUT_S)
+        async with session.get(url + protocol.HEALTH, timeout=timeout) as answer:
+            return answer.status == OK
+    except (aiohttp.ClientError, TimeoutError, OSError):
+        return False
+
+
+async def read_info(session: aiohttp.ClientSession, url: str) -> Info | None:
+    """What the worker is; None for a server that knows no such route, as stock vLLM does.
+
+    Raises `WorkerUnreachableError`.
+    """
+    try:
+        timeout = aiohttp.ClientTimeout(total=CONTROL_TIMEOUT_S)
+        async with session.get(url + protocol.INFO, timeout=timeout) as answer:
+            body = await answer.read()
+            if answer.status == NOT_FOUND:
+                return None
+            if answer.status != OK:
+                raise WorkerUnreachableError(
+                    f"{url} answers {answer.status}: {message_of(body)}"
+                    + (f" (set {protocol.TOKEN_ENV})" if answer.status in {401, 403} else "")
+                )
+            return msgspec.json.decode(body, type=Info)
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise WorkerUnreachableError(f"{url}: {describe(error)}") from None
+    except msgspec.DecodeError:
+        return None
+
+
+async def served_models(session: aiohttp.ClientSession, url: str) -> list[str]:
+    """The ids that an OpenAI-compatible server lists. Raises `WorkerUnreachableError`."""
+    try:
+        timeout = aiohttp.ClientTimeout(total=CONTROL_TIMEOUT_S)
+        async with session.get(f"{url}/v1/models", timeout=timeout) as answer:
+            body = await answer.read()
+            if answer.status != OK:
+                raise WorkerUnreachableError(
+                    f"{url}/v1/models answers {answer.status}: {message_of(body)}"
+                )
+            listed = msgspec.json.decode(body)
+            return [str(entry["id"]) for entry in listed["data"]]
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise WorkerUnreachableError(f"{url}: {describe(error)}") from None
+    except (msgspec.DecodeError, KeyError, TypeError):
+        raise WorkerUnreachableError(f"{url}/v1/models does not answer as vLLM does") from None
+
+
+class EngineWorkerClient:
+    """One of our engine workers."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, worker_id: str) -> None:
+        self.session = session
+        self.url = url
+        self._worker_id = worker_id
+
+    async def load(self, adapter: AdapterId, path: Path, evict: AdapterId | None) -> int:
+        """One call does both: the worker drops only when it has loaded."""
+        request = LoadRequest(adapter, str(path), (evict,) if evict else ())
+        status, body = await post(
+            self.session, self.url + protocol.LOAD, msgspec.json.encode(request), self._worker_id
+        )
+        if status == OK:
+            return msgspec.json.decode(body, type=LoadReply).seq
+        raise refusal(status, body, self._worker_id)
+
+    async def states(self) -> AsyncIterator[State]:
+        """Read the pushed stream; silence for `STATE_TIMEOUT_S` is an end of it."""
+        decode = msgspec.json.Decoder(State).decode
+        timeout = aiohttp.ClientTimeout(
+            total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=STATE_TIMEOUT_S
+        )
+        try:
+            async with self.session.get(
+                self.url + protocol.STATE, timeout=timeout, read_bufsize=LINE_MAX_BYTES
+            ) as answer:
+                if answer.status != OK:
+                    body = await answer.read()
+                    raise WorkerUnreachableError(
+                        f"{self._worker_id} answers {answer.status}: {message_of(body)}"
+                    )
+                async for line in answer.content:
+                    yield decode(line)
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            raise WorkerUnreachableError(f"{self._worker_id}: {describe(error)}") from None
+        raise WorkerUnreachableError(f"{self._worker_id} has ended its state stream")
+
+    async def close(self) -> None:
+        """Close its connections."""
+        await self.session.close()
+
+
+class StockVllmClient:
+    """A stock vLLM server, its adapters managed over vLLM's own routes.
+
+    It says nothing of what is resident, so the router's own ledger is all there is; and it reads the
+    adapter's folder itself, so the router's cache must be on a file system that both see.
+    """
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, worker_id: str) -> None:
+        self.session = session
+        self.url = url
+        self._worker_id = worker_id
+        self._loads = 0
+
+    async def load(self, adapter: AdapterId, path: Path, evict: AdapterId | None) -> int:
+        """Load, in place of what may be there under that name, then unload the evicted."""
+        body = {"lora_name": adapter.name, "lora_path": str(path), "load_inplace": True}
+        url = f"{self.url}/v1/load_lora_adapter"
+        status, answer = await post(self.session, url, msgspec.json.encode(body), self._worker_id)
+        if status == NOT_FOUND and b"Not Found" in answer:
+            raise LoadError(
+                LoadFault.WORKER,
+                f"worker {self._worker_id} cannot load adapters; start its vLLM with "
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora",
+            )
+        if status != OK:
+            raise refusal(status, answer, self._worker_id)
+        self._loads += 1
+        if evict is not None and evict.name != adapter.name:
+            url = f"{self.url}/v1/unload_lora_adapter"
+            body = {"lora_name": evict.name}
+            # A 404 is as good: it is not there.
+            await post(self.session, url, msgspec.json.encode(body), self._worker_id)
+        return self._loads
+
+    async def states(self) -> AsyncIterator[State]:
+        """Nothing is pushed: read its metrics from time to time. They do not say what is resident,
+        which the state's number, older than any load, tells the core.
+        """
+        while True:
+            if not await is_healthy(self.session, self.url):
+                raise WorkerUnreachableError(f"{self._worker_id} is not healthy")
+            yield await self._read_metrics()
+            await asyncio.sleep(POLL_S)
+
+    async def _read_metrics(self) -> State:
+        values = dict.fromkeys(METRICS, 0.0)
+        try:
+            timeout = aiohttp.ClientTimeout(total=CONTROL_TIMEOUT_S)
+            async with self.session.get(f"{self.url}/metrics", timeout=timeout) as answer:
+                text = (await answer.read()).decode() if answer.status == OK else ""
+            for family in text_string_to_metric_families(text):
+                if family.name in values:
+                    values[family.name] = sum(sample.value for sample in family.samples)
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            raise WorkerUnreachableError(f"{self._worker_id}: {describe(error)}") from None
+        running, waiting, kv_usage = values.values()
+        return State(seq=-1, running=int(running), waiting=int(waiting), kv_usage=kv_usage)
+
+    async def close(self) -> None:
+        """Close its connections."""
+        await self.session.close()
+
+
+async def post(
+    session: aiohttp.ClientSession, url: str, body: bytes, worker_id: str
+) -> tuple[int, bytes]:
+    """POST JSON; return status and body. Raises `LoadError` where the worker does not answer."""
+    try:
+        timeout = aiohttp.ClientTimeout(total=LOAD_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S)
+        headers = {"Content-Type": "application/json"}
+        async with session.post(url, data=body, headers=headers, timeout=timeout) as answer:
+            return answer.status, await answer.read()
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise LoadError(LoadFault.WORKER, f"worker {worker_id}: {describe(error)}") from None
+
+
+def refusal(status: int, body: bytes, worker_id: str) -> LoadError:
+    """A worker's refusal to load: the adapter's fault if it says 400, else its own."""
+    fault = LoadFault.ADAPTER_INVALID if status == BAD_REQUEST else LoadFault.WORKER
+    return LoadError(fault, f"worker {worker_id}: {message_of(body)}")
+
+
+def message_of(body: bytes) -> str:
+    """The message of an error answer, ours or OpenAI's, or its first characters."""
+    try:
+        return msgspec.json.decode(body, type=WireError).error.message
+    except msgspec.DecodeError:
+        return body[:200].decode("utf-8", errors="replace") or "no body"
+
+
+def describe(error: BaseException) -> str:
+    """A foreign exception in a few words."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -1,0 +1,295 @@
+"""The workers of one base model: started or attached, kept up, followed, and loaded with adapters.
+
+Each worker has one task for its whole life: launch or attach, wait until it can serve, hand it to
+the router, follow its state, take it from the router when it is gone, and begin again. A worker that
+this router launched and that fails at its first start ends the router, with the worker's own words:
+a wrong setting should be read, not retried.
+"""
+
+import asyncio
+import logging
+import os
+import secrets
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from engine_worker.protocol import TOKEN_ENV, AdapterId, State
+from router.adapters.cache import AdapterCache
+from router.adapters.catalog import AdapterCatalog
+from router.config import LLMConfig, RouterConfig
+from router.core.fleet import Report, Worker
+from router.core.job import AdapterRef, LoadError, LoadFault
+from router.core.router import Router
+from router.workers.client import (
+    EngineWorkerClient,
+    StockVllmClient,
+    WorkerClient,
+    WorkerUnreachableError,
+    open_session,
+    read_info,
+    served_models,
+)
+from router.workers.process import WorkerProcess
+
+log = logging.getLogger("lorayard.workers")
+
+BACKOFF_MIN_S: Final = 0.5
+BACKOFF_MAX_S: Final = 30.0
+PROGRESS_S: Final = 10.0
+
+
+class WorkerPool:
+    """Workers of one model, and the core's `Loader` for them."""
+
+    def __init__(
+        self,
+        llm: LLMConfig,
+        config: RouterConfig,
+        *,
+        log_dir: Path,
+        catalog: AdapterCatalog | None,
+        cache: AdapterCache | None,
+    ) -> None:
+        self._llm = llm
+        self._config = config
+        self._log_dir = log_dir
+        self._catalog = catalog
+        self._cache = cache
+        self._clients: dict[str, WorkerClient] = {}
+        self._processes: dict[str, WorkerProcess] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._router: Router | None = None
+        self._first_start: list[asyncio.Future[None]] = []
+
+    def client(self, worker_id: str) -> WorkerClient | None:
+        """How to speak to a worker; None where it is gone."""
+        return self._clients.get(worker_id)
+
+    @property
+    def pids(self) -> Sequence[int]:
+        """The guardians of the workers that this router launched."""
+        return [process.pid for process in self._processes.values()]
+
+    def start(self, router: Router) -> None:
+        """Begin to start or attach all workers; see `started`."""
+        self._router = router
+        loop = asyncio.get_running_loop()
+        attached = self._llm.engine == "attached"
+        if not attached:
+            self._folder = tempfile.TemporaryDirectory(prefix="lorayard-")
+        count = len(self._llm.attach) if attached else self._llm.replicas
+        for number in range(count):
+            worker_id = f"{self._llm.model_id}-{number}"
+            first: asyncio.Future[None] = loop.create_future()
+            self._first_start.append(first)
+            if attached:
+                life = self._live_attached(worker_id, self._llm.attach[number], first)
+            else:
+                life = self._live_launched(worker_id, first)
+            self._tasks.append(loop.create_task(life, name=f"worker {worker_id}"))
+
+    async def started(self) -> None:
+        """Return when every worker has served once. Raises `WorkerStartError`."""
+        await asyncio.gather(*self._first_start)
+
+    async def stop(self) -> None:
+        """End all workers that were launched here, letting them finish, and leave the attached."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for first in self._first_start:
+            first.cancel()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    # The core's Loader.
+
+    async def load(self, worker: Worker, adapter: AdapterRef, evict: AdapterRef | None) -> int:
+        """Fetch the adapter to this machine's disk, then have the worker load it."""
+        client = self._clients.get(worker.id)
+        if client is None:
+            raise LoadError(LoadFault.WORKER, f"worker {worker.id} is gone")
+        assert self._catalog is not None
+        assert self._cache is not None
+        stored = self._catalog.get(adapter.name)
+        if stored is None or stored.version != adapter.version:
+            raise LoadError(
+                LoadFault.STORE_UNAVAILABLE,
+                f"adapter {adapter.name} changed in the store while it was asked for; ask again",
+            )
+        folder = await self._cache.folder_of(stored)
+        return await client.load(_wire(adapter), folder, _wire(evict) if evict else None)
+
+    # A worker's life.
+
+    async def _live_launched(self, worker_id: str, first: "asyncio.Future[None]") -> None:
+        assert self._folder is not None
+        backoff_s = BACKOFF_MIN_S
+        while True:
+            token = secrets.token_urlsafe(24)
+            process = await WorkerProcess.launch(
+                self._llm,
+                worker_id,
+                folder=Path(self._folder.name),
+                log_file=self._log_dir / f"{worker_id.replace('/', '-')}.log",
+                token=token,
+                drain_timeout_s=self._config.drain_timeout_s,
+            )
+            self._processes[worker_id] = process
+            try:
+                log.info("%s: starting (log: %s)", worker_id, process.log_file)
+                await self._boot(process, worker_id)
+                session, url = open_session(process.address, token)
+                client = EngineWorkerClient(session, url, worker_id)
+                backoff_s = BACKOFF_MIN_S
+                await self._serve_until_gone(worker_id, client, first, process)
+            except asyncio.CancelledError:
+                await process.stop(self._config.drain_timeout_s)
+                raise
+            except Exception as error:
+                process.kill()
+                await process.wait()
+                if not first.done():
+                    first.set_exception(error)
+                    return
+                log.warning("%s: %s", worker_id, error)
+            finally:
+                self._processes.pop(worker_id, None)
+            log.warning("%s: starting again in %.1f s", worker_id, backoff_s)
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, BACKOFF_MAX_S)
+
+    async def _boot(self, process: WorkerProcess, worker_id: str) -> None:
+        """Wait until it can serve, saying from time to time how far it is."""
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+
+        async def tell() -> None:
+            while True:
+                await asyncio.sleep(PROGRESS_S)
+                last = process.log_tail(1).strip()[-120:]
+                log.info("%s: booting for %.0f s: %s", worker_id, loop.time() - started, last)
+
+        telling = loop.create_task(tell())
+        try:
+            await process.wait_ready(self._config.boot_timeout_s)
+        finally:
+            telling.cancel()
+        log.info("%s: ready after %.1f s", worker_id, loop.time() - started)
+
+    async def _live_attached(
+        self, worker_id: str, address: str, first: "asyncio.Future[None]"
+    ) -> None:
+        backoff_s = BACKOFF_MIN_S
+        while True:
+            session, url = open_session(address, os.environ.get(TOKEN_ENV) or None)
+            try:
+                info = await read_info(session, url)
+                client: WorkerClient
+                if info is not None:
+                    self._check_attached(address, info.model_id, info.max_loras)
+                    client = EngineWorkerClient(session, url, worker_id)
+                    kind = f"{info.engine} {info.engine_version} engine worker"
+                else:
+                    models = await served_models(session, url)
+                    if self._llm.model_id not in models:
+                        raise WorkerUnreachableError(
+                            f"{address} serves {', '.join(models)}, not `{self._llm.model_id}`; "
+                            f"start it with --served-model-name {self._llm.model_id}"
+                        )
+                    client = StockVllmClient(session, url, worker_id)
+                    kind = "stock vLLM server"
+                log.info("%s: attached to the %s at %s", worker_id, kind, address)
+                backoff_s = BACKOFF_MIN_S
+                await self._serve_until_gone(worker_id, client, first, None)
+            except WorkerUnreachableError as error:
+                log.warning("%s: %s; trying again in %.1f s", worker_id, error, backoff_s)
+            finally:
+                await session.close()
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, BACKOFF_MAX_S)
+
+    def _check_attached(self, address: str, model_id: str, max_loras: int) -> None:
+        if model_id != self._llm.model_id:
+            raise WorkerUnreachableError(
+                f"{address} serves `{model_id}`, not `{self._llm.model_id}`; "
+                f"start it with --model-id {self._llm.model_id}"
+            )
+        if max_loras != self._llm.slots:
+            raise WorkerUnreachableError(
+                f"{address} holds {max_loras} adapters, but max_num_adapters_per_replica is "
+                f"{self._llm.slots}; make them equal"
+            )
+
+    async def _serve_until_gone(
+        self,
+        worker_id: str,
+        client: WorkerClient,
+        first: "asyncio.Future[None]",
+        process: WorkerProcess | None,
+    ) -> None:
+        """Hand the worker to the router, follow its state, and take it back at its end."""
+        router = self._router
+        assert router is not None
+        worker = Worker(
+            worker_id,
+            max_ongoing=self._llm.deployment_config.max_ongoing_requests,
+            slots=self._llm.slots,
+        )
+        self._clients[worker_id] = client
+        router.add_worker(worker)
+        if not first.done():
+            first.set_result(None)
+        following = asyncio.create_task(self._follow(worker, client, router, process))
+        ends: list[asyncio.Task[object]] = [following]
+        if process is not None:
+            ends.append(asyncio.create_task(process.wait()))
+        try:
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if following in done and (error := following.exception()) is not None:
+                raise error
+            assert process is not None
+            log.warning("%s: ended; the end of its log:\n%s", worker_id, process.log_tail())
+        finally:
+            for task in ends:
+                task.cancel()
+            await asyncio.gather(*ends, return_exceptions=True)
+            router.remove_worker(worker)
+            del self._clients[worker_id]
+            await client.close()
+
+    async def _follow(
+        self, worker: Worker, client: WorkerClient, router: Router, process: WorkerProcess | None
+    ) -> None:
+        """Take the worker's states to the router; a broken stream of a live process is opened again."""
+        while True:
+            try:
+                async for state in client.states():
+                    router.observe(worker, self._report(state))
+            except WorkerUnreachableError as error:
+                if process is None:
+                    raise
+                log.warning("%s: %s", worker.id, error)
+                await asyncio.sleep(BACKOFF_MIN_S)
+
+    def _report(self, state: State) -> Report:
+        return Report(
+            seq=state.seq,
+            running=state.running,
+            waiting=state.waiting,
+            kv_usage=state.kv_usage,
+            gpu=tuple(map(self._ref, state.gpu)),
+            host=tuple(map(self._ref, state.host)),
+        )
+
+    def _ref(self, adapter: AdapterId) -> AdapterRef:
+        name = adapter.name.removeprefix(f"{self._llm.model_id}:")
+        return AdapterRef(self._llm.model_id, name, adapter.version)
+
+
+def _wire(adapter: AdapterRef) -> AdapterId:
+    return AdapterId(adapter.model_id, adapter.version)
