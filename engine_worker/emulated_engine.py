@@ -227,6 +227,8 @@ class EmulatedWorker:
             response: web.StreamResponse = await handler(request)
         except WorkerError as error:
             return _json(error.body(), error.status)
+        except web.HTTPException as error:
+            return _json(WorkerError(error.status, error.reason).body(), error.status)
         return response
 
     # The worker's routes.

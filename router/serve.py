@@ -11,6 +11,7 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
+import prometheus_client
 from aiohttp import web
 
 from router.config import Config
@@ -41,6 +42,7 @@ async def serve(config: Config) -> None:
         loop.add_signal_handler(number, on_signal)
     settings = config.router
     listener = listen(settings.host, settings.port)
+    prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
     metrics = Metrics()
     models: list[ModelService] = []
     keys = Keys.from_environment(settings.api_keys_env)

@@ -225,4 +225,7 @@ def less_busy_of_two(workers: Sequence[Worker], rng: Random) -> Worker | None:
     if second >= first:
         second += 1
     one, other = workers[first], workers[second]
+    if one.in_flight == other.in_flight:
+        # Equally busy: rather the one with more slots left, so that adapters spread before they evict.
+        return other if other.slots.occupied < one.slots.occupied else one
     return other if other.in_flight < one.in_flight else one

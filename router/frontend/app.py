@@ -291,7 +291,10 @@ class Exchange:
         client = self._model.pool.client(worker_id)
         if client is None:
             raise WorkerFailedError("it is gone")
-        first_byte = self._loop.create_future()
+
+        def on_first_byte() -> None:
+            metrics.first_byte_s.labels(name).observe(self._loop.time() - self._arrived)
+
         try:
             response = await relay(
                 self._request,
@@ -301,7 +304,7 @@ class Exchange:
                 stamps=stamps,
                 first_byte_timeout_s=config.first_byte_timeout_s,
                 idle_timeout_s=config.idle_timeout_s,
-                on_first_byte=first_byte,
+                on_first_byte=on_first_byte,
             )
         except AnswerCutError as error:
             self.outcome = Outcome.CLIENT_GONE if error.client_gone else Outcome.WORKER_FAILED

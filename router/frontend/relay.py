@@ -5,7 +5,7 @@ answer is the worker's, and a failure cuts it off, so that no client takes half 
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import aiohttp
@@ -65,7 +65,7 @@ async def relay(
     stamps: Mapping[str, str],
     first_byte_timeout_s: float,
     idle_timeout_s: float,
-    on_first_byte: "asyncio.Future[None]",
+    on_first_byte: Callable[[], None],
 ) -> web.StreamResponse:
     """Send the body to a worker and its answer to the client, with our `stamps` as headers.
 
@@ -88,7 +88,7 @@ async def relay(
                     whole = await upstream.read()
             except (aiohttp.ClientError, OSError, TimeoutError) as error:
                 raise WorkerFailedError(describe(error)) from None
-        on_first_byte.set_result(None)
+        on_first_byte()
         returned = CIMultiDict(
             (name, value)
             for name, value in upstream.headers.items()

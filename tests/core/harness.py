@@ -1,0 +1,129 @@
+"""A router over made-up workers, in virtual time: what the core's tests drive."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from random import Random
+from typing import Any, TypeVar
+
+import simpy
+
+from router.core.fleet import Fleet, Worker
+from router.core.job import AdapterRef, Job, LoadError
+from router.core.placement import Decision
+from router.core.policies import POLICIES
+from router.core.router import Router
+from sim.loop import run
+
+T = TypeVar("T")
+
+
+def simulate(main: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine on the simulator's loop."""
+    return run(simpy.Environment(), main)
+
+
+def ref(name: str) -> AdapterRef:
+    return AdapterRef("base", name)
+
+
+class FakeLoader:
+    """Loads in `load_s`; `fails` decides which loads do not."""
+
+    def __init__(
+        self, load_s: float = 1.0, fails: Callable[[AdapterRef], LoadError | None] | None = None
+    ) -> None:
+        self.load_s = load_s
+        self.fails = fails or (lambda _: None)
+        self.calls: list[tuple[str, str, str | None]] = []
+
+    async def load(self, worker: Worker, adapter: AdapterRef, evict: AdapterRef | None) -> int:
+        self.calls.append((worker.id, adapter.name, evict.name if evict else None))
+        await asyncio.sleep(self.load_s)
+        if error := self.fails(adapter):
+            raise error
+        return 0
+
+
+class Log:
+    """An observer that remembers."""
+
+    def __init__(self) -> None:
+        self.decisions: list[Decision] = []
+        self.evictions: list[tuple[str, str]] = []
+        self.loads: list[tuple[str, str, LoadError | None]] = []
+
+    def decided(self, job: Job, decision: Decision, evicting: AdapterRef | None) -> None:
+        self.decisions.append(decision)
+
+    def load_ended(
+        self, worker: Worker, adapter: AdapterRef, load_s: float, error: LoadError | None
+    ) -> None:
+        self.loads.append((worker.id, adapter.name, error))
+
+    def evicted(self, worker: Worker, adapter: AdapterRef) -> None:
+        self.evictions.append((worker.id, adapter.name))
+
+
+class Cluster:
+    """A router with `workers` workers; to be made inside the loop."""
+
+    def __init__(
+        self,
+        workers: int = 2,
+        *,
+        slots: int = 2,
+        max_ongoing: int = 64,
+        loader: FakeLoader | None = None,
+        policy: str = "affinity",
+        seed: int = 0,
+        **settings: Any,  # noqa: ANN401
+    ) -> None:
+        self.loader = loader or FakeLoader()
+        self.log = Log()
+        self.router = Router(
+            Fleet("base"),
+            POLICIES[policy],
+            self.loader,
+            rng=Random(seed),
+            observer=self.log,
+            **settings,
+        )
+        self.workers = [
+            Worker(f"w{number}", max_ongoing=max_ongoing, slots=slots) for number in range(workers)
+        ]
+        for worker in self.workers:
+            self.router.add_worker(worker)
+        self._jobs = 0
+
+    def job(self, adapter: str | None = None, **fields: Any) -> Job:  # noqa: ANN401
+        self._jobs += 1
+        return Job(str(self._jobs), ref(adapter) if adapter else None, **fields)
+
+    async def use(self, adapter: str | None, hold_s: float = 0.0, **fields: Any) -> str:  # noqa: ANN401
+        """Take a lease, hold it, leave it; the worker's id."""
+        async with self.router.lease(self.job(adapter, **fields)) as lease:
+            await asyncio.sleep(hold_s)
+            return lease.worker.id
+
+    def start(self, work: Awaitable[T]) -> "asyncio.Task[T]":
+        async def awaited() -> T:
+            return await work
+
+        return asyncio.get_running_loop().create_task(awaited())
+
+    def resident(self, worker: int) -> set[str]:
+        return {slot.adapter.name for slot in self.workers[worker].slots}
+
+    def assert_at_rest(self) -> None:
+        assert self.router.queued == 0
+        assert self.router.loading == 0
+        for worker in self.workers:
+            assert worker.in_flight == 0
+            assert all(slot.users == 0 for slot in worker.slots)
+            assert worker.slots.idle == len(worker.slots)
+
+
+async def settle() -> None:
+    """Let everything that is ready now run."""
+    for _ in range(20):
+        await asyncio.sleep(0)

@@ -1,0 +1,376 @@
+import asyncio
+
+import pytest
+from harness import Cluster, FakeLoader, ref, settle, simulate
+
+from router.core.fleet import Report, Worker
+from router.core.job import AdapterRef, AdapterUse, LoadError, LoadFault, Outcome, Rejected
+from router.core.placement import Reason
+
+
+def test_a_burst_for_one_cold_adapter_causes_one_load_on_one_worker() -> None:
+    async def main() -> None:
+        cluster = Cluster(workers=2, max_ongoing=64)
+        uses: list[AdapterUse] = []
+
+        async def one() -> str:
+            async with cluster.router.lease(cluster.job("a")) as lease:
+                uses.append(lease.use)
+                await asyncio.sleep(0.1)
+                return lease.worker.id
+
+        workers = await asyncio.gather(*(one() for _ in range(64)))
+        assert len(set(workers)) == 1
+        assert cluster.loader.calls == [(workers[0], "a", None)]
+        assert uses.count(AdapterUse.COLD) == 1
+        assert uses.count(AdapterUse.LOADING) == 63
+        cluster.assert_at_rest()
+
+    simulate(main())
+
+
+def test_a_failed_load_tells_every_waiter_frees_its_slot_and_has_evicted_nothing() -> None:
+    async def main() -> None:
+        broken = LoadError(LoadFault.ADAPTER_INVALID, "r is 99")
+        loader = FakeLoader(fails=lambda adapter: broken if adapter.name == "bad" else None)
+        cluster = Cluster(workers=1, slots=2, loader=loader)
+        await cluster.use("a")
+        await cluster.use("b")
+        results = await asyncio.gather(
+            *(cluster.use("bad") for _ in range(5)), return_exceptions=True
+        )
+        assert [str(result) for result in results] == ["r is 99"] * 5
+        assert all(isinstance(result, LoadError) for result in results)
+        assert len({id(result) for result in results}) == 5
+        assert cluster.resident(0) == {"a", "b"}
+        assert cluster.log.evictions == []
+        assert ("w0", "bad", "a") in loader.calls
+        loads = len(loader.calls)
+        await cluster.use("a")
+        await cluster.use("b")
+        assert len(loader.calls) == loads, "what was to be evicted is still a hit"
+        cluster.assert_at_rest()
+
+    simulate(main())
+
+
+def test_an_unexpected_exception_of_the_loader_frees_the_slot_too() -> None:
+    async def main() -> None:
+        class Buggy(FakeLoader):
+            async def load(
+                self, worker: Worker, adapter: AdapterRef, evict: AdapterRef | None
+            ) -> int:
+                raise ZeroDivisionError("oops")
+
+        cluster = Cluster(workers=1, slots=1, loader=Buggy())
+        with pytest.raises(LoadError, match="ZeroDivisionError: oops"):
+            await cluster.use("a")
+        assert cluster.resident(0) == set()
+        cluster.assert_at_rest()
+
+    simulate(main())
+
+
+def test_the_least_recently_used_goes_and_never_one_in_use() -> None:
+    async def main() -> None:
+        cluster = Cluster(workers=1, slots=2)
+        await cluster.use("a")
+        await cluster.use("b")
+        await cluster.use("a")
+        await cluster.use("c")
+        assert cluster.log.evictions == [("w0", "b")]
+        holding = cluster.start(cluster.use("a", hold_s=100))
+        await settle()
+        await cluster.use("d")
+        assert cluster.log.evictions == [("w0", "b"), ("w0", "c")]
+        assert cluster.resident(0) == {"a", "d"}
+        await holding
+
+    simulate(main())
+
+
+def test_a_job_waits_while_every_slot_is_in_use_and_others_pass_it() -> None:
+    async def main() -> None:
+        cluster = Cluster(workers=1, slots=1)
+        loop = asyncio.get_running_loop()
+        await cluster.use("a")
+        holding = cluster.start(cluster.use("a", hold_s=10))
+        await settle()
+        cold = cluster.start(cluster.use("b"))
+        await settle()
+        assert cluster.router.queued == 1
+        started = loop.time()
+        await cluster.use("a", hold_s=1)
+        assert loop.time() - started == pytest.approx(1)
+        await cold
+        assert holding.done()
+        cluster.assert_at_rest()
+
+    simulate(main())
+
+
+def test_a_hot_adapter_cannot_starve_a_cold_one() -> None:
+    """Without the bound the stream for `hot` would hold the only slot for ever."""
+
+    async def main() -> None:
+        cluster = Cluster(workers=1, slots=1, max_overtakes=10, queue_timeout_s=1000)
+        await cluster.use("hot")
+        served: list[str] = []
+
+        async def stream(start_s: float) -> None:
+            await asyncio.sleep(start_s)
+            for _ in range(100):
+                await cluster.use("hot", hold_s=1)
+                served.append("hot")
+
+        async def cold() -> None:
+            await asyncio.sleep(0.25)
+            await cluster.use("cold")
+            served.append("cold")
+
+        await asyncio.gather(stream(0.0), stream(0.5), cold())
+        assert 5 <= served.index("cold") <= 14
+        cluster.assert_at_rest()
+
+    simulate(main())
+
+
+def test_the_queue_is_bounded_and_its_timeout_is_kept() -> None:
+    async def main() -> None:
+        cluster = Cluster(workers=1, max_ongoing=1, max_queued=2, queue_timeout_s=5)
+        loop = asyncio.get_running_loop()
+        holding = cluster.start(cluster.use(None, hold_s=100))
+        await settle()
+        waiting = [cluster.start(cluster.use(None)) for _ in range(2)]
+        await settle()
+        with pytest.raises(Rejected) as full:
+            await cluster.use(None)
+        assert full.value.outcome is Outcome.QUEUE_FULL
+        assert full.value.retry_after_s >= 1
+        for task in waiting:
+            with pytest.raises(Rejected) as late:
+                await task
+            assert late.value.outcome is Outcome.QUEUE_TIMEOUT
+        assert loop.time() == pytest.approx(5)
+        assert not holding.done()
+        await holding
+        cluster.assert_at_rest()
+
+    simulate(main())
+
+
+def test_a_deadline_earlier_than_the_timeout_counts() -> None:
+    async def main() -> None:
+        cluster = Cluster(workers=1, max_ongoing=1, queue_timeout_s=50)
+        holding = cluster.start(cluster.use(None, hold_s=100))
+        await settle()
+        with pytest.raises(Rejected, match=r"waited 2 s"):
+            await cluster.use(None, deadline=2.0)
+        holding.cancel()
+
+    simulate(main())
+
+
+def test_who_waits_is_served_in_order() -> None:
+    async def main() -> None:
+        cluster = Cluster(workers=1, max_ongoing=1)
+        served: list[int] = []
+
+        async def one(number: int) -> None:
+            await cluster.use(None, hold_s=1)
+            served.append(number)
+
+        await asyncio.gather(*(one(number) for number in range(10)))
+        assert served == list(range(10))
+
+    simulate(main())
+
+
+@pytest.mark.parametrize("when", ["queued", "loading", "held", "granted and cancelled at once"])
+def test_cancelling_releases_everything(when: str) -> None:
+    async def main() -> None:
+        cluster = Cluster(workers=1, slots=1, max_ongoing=1)
+        if when == "queued":
+            holding = cluster.start(cluster.use("a", hold_s=10))
+            await settle()
+            task = cluster.start(cluster.use("a"))
+            await settle()
+            assert cluster.router.queued == 1
+            task.cancel()
+        elif when == "loading":
+            task = cluster.start(cluster.use("a"))
+            await asyncio.sleep(0.5)
+            assert cluster.router.loading == 1
+            task.cancel()
+            holding = cluster.start(cluster.use("a"))
+        elif when == "held":
+            task = cluster.start(cluster.use("a", hold_s=50))
+            await asyncio.sleep(2)
+            task.cancel()
+            holding = cluster.start(cluster.use("a"))
+        else:
+            holding = cluster.start(cluster.use("a", hold_s=1))
+            await settle()
+            task = cluster.start(cluster.use("a"))
+            await settle()
+            holding.add_done_callback(lambda _: task.cancel())
+        await asyncio.gather(task, holding, return_exceptions=True)
+        assert task.cancelled()
+        await asyncio.sleep(5)
+        cluster.assert_at_rest()
+        assert await cluster.use("a") == "w0"
+
+    simulate(main())
+
+
+def test_a_worker_that_goes_away_fails_its_loads_and_nobody_hangs() -> None:
+    async def main() -> None:
+        cluster = Cluster(workers=2, slots=1)
+        tasks = [cluster.start(cluster.use("a")) for _ in range(3)]
+        await settle()
+        [(worker_id, _, _)] = cluster.loader.calls
+        worker = cluster.router.fleet.get(worker_id)
+        assert worker is not None
+        cluster.router.remove_worker(worker)
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(result, LoadError)
+            assert result.fault is LoadFault.WORKER
+        assert cluster.router.fleet.holders(ref("a")) == ()
+        assert await cluster.use("a") != worker_id
+        assert worker.in_flight == 0
+
+    simulate(main())
+
+
+def test_a_worker_that_goes_before_its_load_has_begun() -> None:
+    async def main() -> None:
+        cluster = Cluster(workers=1, slots=1)
+        lease = cluster.router.lease(cluster.job("a"))
+        entering = cluster.start(lease.__aenter__())
+        await asyncio.sleep(0)  # placed, its load's task not yet started
+        cluster.router.remove_worker(cluster.workers[0])
+        with pytest.raises(LoadError):
+            await entering
+        assert cluster.router.loading == 0
+        assert cluster.workers[0].in_flight == 0
+
+    simulate(main())
+
+
+def test_a_worker_that_joins_serves_who_waits() -> None:
+    async def main() -> None:
+        cluster = Cluster(workers=0)
+        task = cluster.start(cluster.use("a"))
+        await asyncio.sleep(3)
+        assert cluster.router.queued == 1
+        cluster.router.add_worker(Worker("new", max_ongoing=1, slots=1))
+        assert await task == "new"
+
+    simulate(main())
+
+
+def test_a_worker_that_does_not_accept_gets_nothing_new() -> None:
+    async def main() -> None:
+        cluster = Cluster(workers=2)
+        first = await cluster.use("a")
+        worker = cluster.router.fleet.get(first)
+        assert worker is not None
+        cluster.router.set_accepting(worker, accepting=False)
+        assert await cluster.use("a") != first
+        cluster.router.set_accepting(worker, accepting=True)
+
+    simulate(main())
+
+
+def test_closing_turns_away_who_waits_and_lets_who_runs_finish() -> None:
+    async def main() -> None:
+        cluster = Cluster(workers=1, max_ongoing=1)
+        running = cluster.start(cluster.use(None, hold_s=5))
+        await settle()
+        waiting = cluster.start(cluster.use(None))
+        await settle()
+        cluster.router.close()
+        for refused in (waiting, cluster.start(cluster.use(None))):
+            with pytest.raises(Rejected) as rejected:
+                await refused
+            assert rejected.value.outcome is Outcome.SHUTTING_DOWN
+        assert await running == "w0"
+        await cluster.router.aclose()
+        cluster.assert_at_rest()
+
+    simulate(main())
+
+
+def test_a_retry_avoids_the_worker_that_failed_unless_it_is_the_only_one() -> None:
+    async def main() -> None:
+        cluster = Cluster(workers=2)
+        first = await cluster.use("a")
+        other = await cluster.use("a", avoid=(first,))
+        assert other != first
+        assert await cluster.use("a", avoid=("w0", "w1")) in {"w0", "w1"}
+        assert await cluster.use(None, avoid=(first,)) == other
+
+    simulate(main())
+
+
+def test_the_retry_after_follows_the_drain_rate() -> None:
+    async def main() -> None:
+        cluster = Cluster(workers=1, max_ongoing=1, max_queued=100, queue_timeout_s=1000)
+        assert cluster.router.retry_after_s == 1
+        tasks = [cluster.start(cluster.use(None, hold_s=0.5)) for _ in range(101)]
+        await asyncio.sleep(20)
+        expected = (cluster.router.queued + 1) * 0.5
+        assert cluster.router.retry_after_s == pytest.approx(expected, rel=0.1)
+        await asyncio.gather(*tasks)
+
+    simulate(main())
+
+
+def test_reports_correct_the_ledger_unless_a_load_has_overtaken_them() -> None:
+    async def main() -> None:
+        class Counting(FakeLoader):
+            async def load(
+                self, worker: Worker, adapter: AdapterRef, evict: AdapterRef | None
+            ) -> int:
+                await super().load(worker, adapter, evict)
+                return 5
+
+        cluster = Cluster(workers=1, slots=2, loader=Counting())
+        [worker] = cluster.workers
+        await cluster.use("a")
+        cluster.router.observe(worker, Report(seq=4, running=3))
+        assert worker.report.running == 3
+        assert cluster.resident(0) == {"a"}, "the report is older than the load"
+        cluster.router.observe(worker, Report(seq=5, gpu=(ref("b"),)))
+        assert cluster.resident(0) == {"b"}, "it has lost a, and holds b"
+        assert cluster.router.fleet.holders(ref("b")) == (worker,)
+        assert cluster.router.fleet.holders(ref("a")) == ()
+        holding = cluster.start(cluster.use("b", hold_s=5))
+        await settle()
+        cluster.router.observe(worker, Report(seq=6))
+        assert cluster.resident(0) == {"b"}, "what is in use is not forgotten"
+        await holding
+
+    simulate(main())
+
+
+def test_every_decision_says_why() -> None:
+    async def main() -> None:
+        cluster = Cluster(workers=2, slots=1, max_ongoing=1, queue_timeout_s=1)
+        first = cluster.start(cluster.use("a", hold_s=10))
+        await asyncio.sleep(2)
+        second = cluster.start(cluster.use("a", hold_s=10))
+        await asyncio.sleep(2)
+        with pytest.raises(Rejected):
+            await cluster.use("a")
+        cold, spill = cluster.log.decisions
+        assert cold.reason is Reason.COLD
+        assert spill.reason is Reason.SPILL
+        assert spill.dropped == ((cold.worker.id if cold.worker else "", "overloaded"),)
+        await asyncio.gather(first, second)
+        await cluster.use("a")
+        assert cluster.log.decisions[-1].reason is Reason.HOLDER
+        await cluster.use(None)
+        assert cluster.log.decisions[-1].reason is Reason.BASE
+
+    simulate(main())
