@@ -13,8 +13,19 @@ import aiohttp
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine_worker import protocol
-from engine_worker.protocol import AdapterId, Info, LoadReply, LoadRequest, State, WireError
+from engine_worker.protocol import (
+    HEALTH,
+    INFO,
+    LOAD,
+    STATE,
+    TOKEN_ENV,
+    AdapterId,
+    Info,
+    LoadReply,
+    LoadRequest,
+    State,
+    WireError,
+)
 from router.core.job import LoadError, LoadFault
 
 CONNECT_TIMEOUT_S: Final = 5.0
@@ -79,7 +90,7 @@ async def is_healthy(session: aiohttp.ClientSession, url: str) -> bool:
     """Whether the worker says that it can serve."""
     try:
         timeout = aiohttp.ClientTimeout(total=CONTROL_TIMEOUT_S)
-        async with session.get(url + protocol.HEALTH, timeout=timeout) as answer:
+        async with session.get(url + HEALTH, timeout=timeout) as answer:
             return answer.status == OK
     except (aiohttp.ClientError, TimeoutError, OSError):
         return False
@@ -92,14 +103,14 @@ async def read_info(session: aiohttp.ClientSession, url: str) -> Info | None:
     """
     try:
         timeout = aiohttp.ClientTimeout(total=CONTROL_TIMEOUT_S)
-        async with session.get(url + protocol.INFO, timeout=timeout) as answer:
+        async with session.get(url + INFO, timeout=timeout) as answer:
             body = await answer.read()
             if answer.status == NOT_FOUND:
                 return None
             if answer.status != OK:
                 raise WorkerUnreachableError(
                     f"{url} answers {answer.status}: {message_of(body)}"
-                    + (f" (set {protocol.TOKEN_ENV})" if answer.status in {401, 403} else "")
+                    + (f" (set {TOKEN_ENV})" if answer.status in {401, 403} else "")
                 )
             return msgspec.json.decode(body, type=Info)
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -138,7 +149,7 @@ class EngineWorkerClient:
         """One call does both: the worker drops only when it has loaded."""
         request = LoadRequest(adapter, str(path), (evict,) if evict else ())
         status, body = await post(
-            self.session, self.url + protocol.LOAD, msgspec.json.encode(request), self._worker_id
+            self.session, self.url + LOAD, msgspec.json.encode(request), self._worker_id
         )
         if status == OK:
             return msgspec.json.decode(body, type=LoadReply).seq
@@ -152,7 +163,7 @@ class EngineWorkerClient:
         )
         try:
             async with self.session.get(
-                self.url + protocol.STATE, timeout=timeout, read_bufsize=LINE_MAX_BYTES
+                self.url + STATE, timeout=timeout, read_bufsize=LINE_MAX_BYTES
             ) as answer:
                 if answer.status != OK:
                     body = await answer.read()
