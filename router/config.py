@@ -18,13 +18,13 @@ from router.core.policies import POLICIES
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Natural = Annotated[int, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
-ModelId = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")]
+MODEL_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 
 
 class ModelLoadingConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """The base model: the id that clients use, and where its weights are (a hub id or a folder)."""
 
-    model_id: ModelId
+    model_id: str
     model_source: str | None = None
 
     @property
@@ -245,6 +245,12 @@ def _check(llm: LLMConfig, path: str, lines: _Lines) -> None:
             f"min_replicas is {scaling.min_replicas}, more than max_replicas, which is "
             f"{scaling.max_replicas}; raise max_replicas or lower min_replicas",
             f"{path}.deployment_config.autoscaling_config.min_replicas",
+        )
+    if not MODEL_ID.fullmatch(llm.model_id):
+        raise lines.error(
+            f"model_id: `{llm.model_id}` cannot be a model id; use letters, digits, and . _ - / "
+            "(a colon separates the base model from the adapter)",
+            f"{path}.model_loading_config.model_id",
         )
     if (llm.engine == "attached") != bool(llm.attach):
         raise lines.error(

@@ -1,0 +1,184 @@
+"""The engine model: its arithmetic on hand-made cases, and its fast path against its slow one."""
+
+from typing import Any
+
+import pytest
+import simpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sim.engine import EngineLimits, EngineRequest, SimEngine
+from sim.latency import LatencyModel, LoadTimes, read_calibration, shipped
+
+LATENCY = LatencyModel(read_calibration("emulated"), slots=2, rank_max=8)
+
+
+def engine(env: simpy.Environment, *, jump: bool = True, **limits: int) -> SimEngine:
+    return SimEngine(env, LATENCY, EngineLimits(**{"max_loras": 2, **limits}), jump=jump)
+
+
+def request(
+    env: simpy.Environment, prompt: int, output: int, adapter: str | None = None
+) -> EngineRequest:
+    return EngineRequest(env, adapter=adapter, prompt_tokens=prompt, output_tokens=output)
+
+
+def test_one_request_takes_a_prefill_step_and_a_step_for_each_further_token() -> None:
+    env = simpy.Environment()
+    model = engine(env)
+    one = request(env, 100, 5)
+    assert model.submit(one)
+    env.run(one.done)
+    assert one.first_token == pytest.approx(LATENCY.step_s(1, 100, 0))
+    assert one.finished == pytest.approx(LATENCY.step_s(1, 100, 0) + 4 * LATENCY.step_s(1, 0, 0))
+    assert model.counters.output_tokens == 5
+    assert model.counters.prompt_tokens == 100
+    assert (model.running, model.waiting, model.kv_usage) == (0, 0, 0)
+
+
+def test_a_long_prompt_is_prefilled_in_chunks_beside_who_decodes() -> None:
+    env = simpy.Environment()
+    model = engine(env, max_num_batched_tokens=50)
+    decoding = request(env, 10, 100)
+    model.submit(decoding)
+    env.run(until=0.02)
+    long = request(env, 120, 1)
+    model.submit(long)
+    env.run(long.done)
+    assert decoding.finished is None, "49 + 49 + 22 tokens: three steps, and decoding went on"
+    assert model.counters.prompt_tokens == 130
+
+
+def test_a_full_batch_lets_wait_and_memory_does_too() -> None:
+    env = simpy.Environment()
+    model = engine(env, max_num_seqs=1)
+    first, second = request(env, 10, 10), request(env, 10, 10)
+    model.submit(first)
+    model.submit(second)
+    env.run(first.done)
+    assert second.first_token is None
+    env.run(second.done)
+    big = engine(env)
+    half = LATENCY.kv_tokens // 2 + 1
+    one, other = request(env, half - 5, 5), request(env, half - 5, 5)
+    assert big.submit(one)
+    assert big.submit(other)
+    assert not big.submit(request(env, LATENCY.kv_tokens, 1)), "never fits"
+    env.run(one.done)
+    assert other.first_token is None
+    env.run(other.done)
+
+
+def test_an_adapter_too_many_is_passed_by() -> None:
+    env = simpy.Environment()
+    model = engine(env, max_loras=1)
+    first = request(env, 10, 50, "a")
+    blocked = request(env, 10, 5, "b")
+    passing = request(env, 10, 5, "a")
+    for item in (first, blocked, passing):
+        model.submit(item)
+    env.run(passing.done)
+    assert blocked.first_token is None
+    env.run(blocked.done)
+    assert first.finished is not None
+
+
+def test_a_load_stalls_the_batch_and_costs_by_its_tier() -> None:
+    env = simpy.Environment()
+    model = engine(env)
+    running = request(env, 10, 1000)
+    model.submit(running)
+    env.run(until=1.0)
+    started = env.now
+    env.run(model.load("a"))
+    assert env.now - started >= LATENCY.load_disk_s
+    assert model.counters.stalled_s == pytest.approx(LATENCY.load_disk_s)
+    env.run(model.load("b"))
+    env.run(model.load("c", evict="a"))
+    assert list(model.gpu) == ["b", "c"]
+    assert "a" in model.host
+    stalled = model.counters.stalled_s
+    env.run(model.load("a", evict="b"))
+    assert model.counters.stalled_s - stalled == pytest.approx(LATENCY.load_host_s)
+    again = model.counters.loads
+    env.run(model.load("a"))
+    assert model.counters.loads == again, "resident: nothing to do"
+
+
+def test_an_abort_frees_what_it_held() -> None:
+    env = simpy.Environment()
+    model = engine(env, max_num_seqs=2)
+    running, prefilling, waiting = (request(env, 10, 1000, "a") for _ in range(3))
+    model.submit(running)
+    env.run(until=0.5)
+    model.submit(prefilling)
+    model.submit(waiting)
+    for item in (waiting, prefilling, running):
+        model.abort(item)
+        model.abort(item)
+    assert (model.running, model.waiting, model.kv_usage) == (0, 0, 0)
+    env.run(until=1.0)
+    after = request(env, 10, 2)
+    model.submit(after)
+    env.run(after.done)
+
+
+EVENTS = st.lists(
+    st.tuples(
+        st.floats(0, 0.5, width=32),
+        st.sampled_from(["submit", "submit", "submit", "load", "abort"]),
+        st.integers(1, 300),
+        st.integers(1, 60),
+        st.sampled_from([None, "a", "b", "c"]),
+    ),
+    max_size=25,
+)
+
+
+def play(events: list[Any], *, jump: bool) -> list[tuple[Any, ...]]:
+    """What happens to each request: its first and last token, or that it was aborted."""
+    env = simpy.Environment()
+    model = engine(env, jump=jump, max_num_seqs=4, max_num_batched_tokens=128)
+    requests: list[EngineRequest] = []
+
+    def script():  # type: ignore[no-untyped-def]  # SimPy's generator
+        for delay_s, what, prompt, output, adapter in events:
+            yield env.timeout(delay_s)
+            if what == "submit":
+                requests.append(request(env, prompt, output, adapter))
+                model.submit(requests[-1])
+            elif what == "load":
+                model.load(adapter or "a")
+            elif requests:
+                model.abort(requests[prompt % len(requests)])
+
+    env.process(script())
+    env.run(until=1000)
+    return [(item.first_token, item.finished, item.aborted) for item in requests]
+
+
+@settings(max_examples=150, deadline=None)
+@given(events=EVENTS)
+def test_steps_taken_as_one_event_end_where_single_steps_do(events: list[Any]) -> None:
+    fast, slow = play(events, jump=True), play(events, jump=False)
+    assert len(fast) == len(slow)
+    for one, other in zip(fast, slow, strict=True):
+        assert one[2] == other[2]
+        for time, expected in zip(one[:2], other[:2], strict=True):
+            # A jump's boundary is n × step, a walk's is a sum of n steps: the last bits differ.
+            assert time == (None if expected is None else pytest.approx(expected, rel=1e-9))
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_shipped_calibration_says_where_each_number_comes_from(name: str) -> None:
+    calibration = read_calibration(name)
+    LatencyModel(calibration, slots=4, rank_max=16)
+    for field in calibration.__struct_fields__:
+        value = getattr(calibration, field)
+        if not isinstance(value, str):
+            assert len(value.source) > 20, field
+
+
+def test_load_times_between_measured_ranks_are_on_the_line() -> None:
+    times = LoadTimes({8: 1.0, 16: 2.0}, "made up for this test")
+    assert [times.at(rank) for rank in (4, 8, 12, 16, 64)] == [1.0, 1.0, 1.5, 2.0, 2.0]

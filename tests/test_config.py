@@ -1,0 +1,132 @@
+"""Every mistake gets one line: the file, the line, what is wrong, what to write instead."""
+
+from pathlib import Path
+
+import pytest
+
+from router.config import Config, ConfigError, load, parse
+
+FOLDER = Path(__file__).parents[1] / "configs"
+LORA = """
+    lora_config:
+      dynamic_lora_loading_path: s3://bucket/adapters
+      max_num_adapters_per_replica: 4
+"""
+HEAD = """llm_configs:
+  - model_loading_config: {model_id: base}
+"""
+
+
+def read(text: str) -> Config:
+    return parse(text, name="c.yaml", folder=Path("somewhere"))
+
+
+BAD = [
+    ("", "c.yaml:1: the file is empty; it needs a list `llm_configs`"),
+    ("llm_configs: [\n", "c.yaml:2: not valid YAML: expected the node content"),
+    ("router: {}\n", "c.yaml:1: `llm_configs` is missing"),
+    ("llm_configs: []\n", "c.yaml:1: llm_configs: Expected `array` of length >= 1"),
+    ("just text\n", "c.yaml:1: Expected `object`, got `str`"),
+    (
+        HEAD + "    lora_cofig: {}\n",
+        "c.yaml:3: unknown key `lora_cofig`; did you mean `lora_config`?",
+    ),
+    (
+        HEAD + "    nonsense: 1\n",
+        "c.yaml:3: unknown key `nonsense`; known here: model_loading_config,",
+    ),
+    (HEAD + "router:\n  prot: 80\n", "c.yaml:4: unknown key `prot`; did you mean `port`?"),
+    (
+        HEAD + "router:\n  port: 80\n  port: 81\n",
+        "c.yaml:5: `port` stands here twice (first on line 4)",
+    ),
+    (HEAD + "router: {port: 99999}\n", "c.yaml:3: port: Expected `int` <= 65535"),
+    (
+        HEAD + "router: {policy: afinity}\n",
+        "c.yaml:3: no policy `afinity`; did you mean `affinity`?",
+    ),
+    (HEAD + "router: {policy: zzz}\n", "c.yaml:3: no policy `zzz`; known: affinity, round_robin"),
+    (
+        HEAD + LORA + "    engine_kwargs:\n      max_loras: 8\n",
+        "c.yaml:8: max_loras is 8, but lora_config.max_num_adapters_per_replica is 4; "
+        "write `max_loras: 4`",
+    ),
+    (
+        HEAD + LORA + "    engine_kwargs: {enable_lora: false}\n",
+        "c.yaml:7: enable_lora is false, but",
+    ),
+    (
+        HEAD + "    engine_kwargs: {enable_lora: true}\n",
+        "c.yaml:3: enable_lora is set, but there is no",
+    ),
+    (
+        HEAD + "    lora_config: {dynamic_lora_loading_path: 'ftp://x'}\n",
+        "c.yaml:3: `ftp://` is not supported yet; write s3://",
+    ),
+    (
+        HEAD + "    engine: attached\n",
+        "c.yaml:3: `engine: attached` needs a list of URLs in `attach`",
+    ),
+    (HEAD + "    attach: ['http://h:1']\n", "c.yaml:3: `attach` is for `engine: attached`"),
+    (
+        HEAD + "    engine: attached\n    attach: [localhost]\n",
+        "c.yaml:4: `localhost` is no address of a worker; write http://HOST:PORT",
+    ),
+    (
+        HEAD + "    deployment_config:\n      autoscaling_config: {min_replicas: 3}\n",
+        "c.yaml:4: min_replicas is 3, more than max_replicas, which is 1",
+    ),
+    (
+        HEAD + "    deployment_config: {max_ongoing_requests: 0}\n",
+        "c.yaml:3: max_ongoing_requests: Expected `int` >= 1",
+    ),
+    (
+        HEAD + "  - model_loading_config: {model_id: base}\n",
+        "c.yaml:3: model_id `base` is taken by",
+    ),
+    (
+        "llm_configs:\n  - model_loading_config: {}\n",
+        "c.yaml:2: model_loading_config: `model_id` is missing",
+    ),
+    (
+        "llm_configs:\n  - model_loading_config: {model_id: 'a:b'}\n",
+        "c.yaml:2: model_id: `a:b` cannot be a model id",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD, ids=[message[:60] for _, message in BAD])
+def test_a_mistake_is_named_with_its_line(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        read(text)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_there_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: No such file"):
+        load(Path("nowhere.yaml"))
+
+
+def test_what_is_left_out_follows_from_the_rest() -> None:
+    config = read(HEAD + LORA + "    engine_kwargs: {max_lora_rank: 32}\n")
+    [llm] = config.llm_configs
+    assert llm.engine_arguments() == {"enable_lora": True, "max_loras": 4, "max_lora_rank": 32}
+    assert llm.model_loading_config.source == "base"
+    assert read(HEAD).llm_configs[0].engine_arguments() == {}
+
+
+def test_relative_folders_are_taken_from_the_files_folder(tmp_path: Path) -> None:
+    text = """llm_configs:
+  - model_loading_config: {model_id: base, model_source: ../model}
+    lora_config: {dynamic_lora_loading_path: adapters}
+"""
+    [llm] = parse(text, name="c", folder=tmp_path / "configs").llm_configs
+    assert llm.model_loading_config.source == str(tmp_path / "model")
+    assert llm.lora_config is not None
+    assert llm.lora_config.dynamic_lora_loading_path == str(tmp_path / "configs" / "adapters")
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_configuration_loads(path: Path) -> None:
+    assert load(path).llm_configs
