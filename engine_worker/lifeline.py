@@ -38,6 +38,8 @@ def guard(main: Callable[[], int], *, lifeline: int | None) -> int:
             _become_engine(guardian_end[0], lifeline)
             status = main()
         except SystemExit as stop:
+            if isinstance(stop.code, str):
+                os.write(2, f"error: {stop.code}\n".encode())
             status = stop.code if isinstance(stop.code, int) else 1
         except BaseException:  # noqa: BLE001  (the status must reach the guardian, whatever it was)
             import traceback  # noqa: PLC0415  (the guardian's memory stays small)

@@ -165,3 +165,14 @@ class _FleetCollector(Collector):
             for worker, value in zip(workers, values, strict=True):
                 gauge.add_metric([self._model, worker.id], value)
             yield gauge
+        resident = GaugeMetricFamily(
+            "lorayard_worker_adapter",
+            "1 for each adapter in a slot; loading, resident or evicting.",
+            labels=["adapter", "model", "phase", "worker"],
+        )
+        for worker in workers:
+            for slot in worker.slots:
+                resident.add_metric(
+                    [slot.adapter.name, self._model, slot.phase.value, worker.id], 1
+                )
+        yield resident

@@ -1,0 +1,161 @@
+"""The worker's routes, less HTTP, over an engine that remembers what it was asked."""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import pytest
+from adapter_files import write_adapter
+
+from engine_worker.protocol import AdapterId, Info, LoadReply, LoadRequest, State, UnloadRequest
+from engine_worker.service import StateFeed, WorkerError, WorkerService
+
+
+class Engine:
+    def __init__(self) -> None:
+        self.held: dict[AdapterId, str] = {}
+        self.adding = 0
+        self.adding_peak = 0
+        self.calls = 0
+        self.fail = False
+
+    async def add(self, adapter: AdapterId, path: str, evict: Sequence[AdapterId]) -> None:
+        self.calls += 1
+        self.adding += 1
+        self.adding_peak = max(self.adding_peak, self.adding)
+        await asyncio.sleep(0)
+        self.adding -= 1
+        if self.fail:
+            raise WorkerError(400, "bad weights")
+        self.held[adapter] = path
+        for victim in evict:
+            self.held.pop(victim, None)
+
+    async def remove(self, adapter: AdapterId) -> None:
+        self.held.pop(adapter, None)
+
+    async def residency(self) -> tuple[tuple[AdapterId, ...], tuple[AdapterId, ...]]:
+        return tuple(self.held), ()
+
+
+class Bench:
+    def __init__(self, *, token: str | None = None, max_loras: int = 4) -> None:
+        self.engine = Engine()
+        self.feed = StateFeed()
+        info = Info("test", "1", "base", max_loras, 16, 1)
+        self.service = WorkerService(self.engine, info, self.feed, token=token)
+
+    async def load(self, name: str, path: Path, version: str = "1", *evict: AdapterId) -> LoadReply:
+        request = LoadRequest(AdapterId(name, version), str(path), evict)
+        body = await self.service.load(msgspec.json.encode(request))
+        return msgspec.json.decode(body, type=LoadReply)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return write_adapter(tmp_path / "a")
+
+
+async def test_a_load_is_idempotent_and_its_number_is_in_the_state(adapter: Path) -> None:
+    bench = Bench()
+    first = await bench.load("base:a", adapter)
+    again = await bench.load("base:a", adapter)
+    assert bench.engine.calls == 1
+    assert again.seq >= first.seq
+    assert bench.feed.state.seq == again.seq
+    assert bench.feed.state.gpu == (AdapterId("base:a", "1"),)
+
+
+async def test_several_load_at_once_but_one_name_once(adapter: Path) -> None:
+    bench = Bench()
+    await asyncio.gather(
+        *(bench.load(f"base:{name}", adapter) for name in "abc"),
+        *(bench.load("base:a", adapter) for _ in range(5)),
+    )
+    assert bench.engine.calls == 3
+    assert bench.engine.adding_peak == 3
+    assert bench.service._locks == {}
+
+
+async def test_a_failed_load_drops_nothing(adapter: Path) -> None:
+    bench = Bench()
+    await bench.load("base:a", adapter)
+    bench.engine.fail = True
+    with pytest.raises(WorkerError, match="bad weights"):
+        await bench.load("base:b", adapter, "1", AdapterId("base:a", "1"))
+    assert list(bench.engine.held) == [AdapterId("base:a", "1")]
+    with pytest.raises(WorkerError, match=r"no adapter_config\.json"):
+        await bench.load("base:b", adapter.parent)
+
+
+async def test_an_eviction_after_a_load_and_an_unload(adapter: Path) -> None:
+    bench = Bench()
+    await bench.load("base:a", adapter)
+    await bench.load("base:b", adapter, "1", AdapterId("base:a", "1"))
+    assert list(bench.engine.held) == [AdapterId("base:b", "1")]
+    await bench.load("base:a", adapter)
+    assert bench.engine.calls == 3, "what was evicted is loaded again"
+    for _ in range(2):
+        body = msgspec.json.encode(UnloadRequest(AdapterId("base:b", "1")))
+        await bench.service.unload(body)
+    assert list(bench.engine.held) == [AdapterId("base:a", "1")]
+
+
+BAD = [
+    b"",
+    b"{}",
+    b'{"adapter": {"name": "x"}, "path": 3}',
+    b'{"adapter": {"name": "x"}, "pth": ""}',
+]
+
+
+@pytest.mark.parametrize("body", BAD)
+async def test_a_body_that_is_no_request_is_400(body: bytes) -> None:
+    with pytest.raises(WorkerError, match="not a LoadRequest") as error:
+        await Bench().service.load(body)
+    assert error.value.status == 400
+
+
+async def test_a_base_model_alone_loads_nothing(adapter: Path) -> None:
+    with pytest.raises(WorkerError, match="without adapters"):
+        await Bench(max_loras=0).load("base:a", adapter)
+
+
+@pytest.mark.parametrize(
+    ("token", "header", "accepted"),
+    [
+        (None, None, True),
+        ("secret", "Bearer secret", True),
+        ("secret", "Bearer wrong", False),
+        ("secret", "secret", False),
+        ("secret", None, False),
+    ],
+)
+def test_the_token(token: str | None, header: str | None, accepted: bool) -> None:
+    async def main() -> bool:
+        return Bench(token=token).service.authorized(header)
+
+    assert asyncio.run(main()) is accepted
+
+
+async def test_the_state_is_pushed_at_every_change_and_while_busy() -> None:
+    feed = StateFeed()
+    lines = feed.lines()
+
+    async def following() -> State:
+        return msgspec.json.decode(await anext(lines), type=State)
+
+    assert (await following()).running == 0
+    feed.set_load(running=2, waiting=1, kv_usage=0.5)
+    changed = await following()
+    assert (changed.running, changed.waiting, changed.kv_usage) == (2, 1, 0.5)
+    loop = asyncio.get_running_loop()
+    before = loop.time()
+    assert await following() == changed, "a heartbeat"
+    assert loop.time() - before < 1
+    feed.set_adapters((AdapterId("base:a"),), ())
+    assert (await following()).seq == 1
+    feed.close()
+    with pytest.raises(StopAsyncIteration):
+        await anext(lines)
