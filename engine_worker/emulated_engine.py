@@ -30,10 +30,28 @@ from sim.latency import CalibrationError, LatencyModel, read_calibration
 from sim.pace import Pacer
 
 VERSION: Final = "1"
-WORDS: Final = (
-    "river stone lantern meadow copper winter signal harbor orchard thunder velvet compass "
-    "ember glacier saddle whisper marble canyon feather anchor"
-).split()
+WORDS: Final = [
+    "river",
+    "stone",
+    "lantern",
+    "meadow",
+    "copper",
+    "winter",
+    "signal",
+    "harbor",
+    "orchard",
+    "thunder",
+    "velvet",
+    "compass",
+    "ember",
+    "glacier",
+    "saddle",
+    "whisper",
+    "marble",
+    "canyon",
+    "feather",
+    "anchor",
+]
 EMBEDDING_SIZE: Final = 16
 HEADER_MAX_BYTES: Final = 100 * 2**20
 

@@ -71,7 +71,7 @@ def _become_engine(guardian: int, lifeline: int | None) -> None:
 
 def _watch(child: int, lifeline: int | None) -> int:
     wake_read, wake_write = os.pipe()
-    os.set_blocking(wake_write, False)  # noqa: FBT003
+    os.set_blocking(wake_write, False)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     for number in FORWARDED:

@@ -120,7 +120,7 @@ async def _follow_residency(service: WorkerService, feed: StateFeed) -> None:
 
 
 def _arguments(options: WorkerOptions) -> tuple[Any, Any]:
-    """vLLM's engine arguments, and the namespace that its application reads."""
+    """VLLM's engine arguments, and the namespace that its application reads."""
     from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415
     from vllm.entrypoints.launchers.cli_args import (  # noqa: PLC0415
         make_arg_parser,
@@ -231,9 +231,9 @@ def _stat_logger_factory(feed: StateFeed) -> Any:  # noqa: ANN401
         def record(
             self,
             scheduler_stats: Any,  # noqa: ANN401
-            iteration_stats: Any,  # noqa: ANN401
-            mm_cache_stats: Any = None,  # noqa: ANN401
-            engine_idx: int = 0,
+            iteration_stats: Any,  # noqa: ANN401, ARG002
+            mm_cache_stats: Any = None,  # noqa: ANN401, ARG002
+            engine_idx: int = 0,  # noqa: ARG002
         ) -> None:
             if scheduler_stats is not None:
                 feed.set_load(

@@ -18,8 +18,5 @@ class LoraSlots:
         manager = getattr(self.model_runner, "lora_manager", None)
         if manager is None:
             return []
-        return [
-            lora_id
-            for lora_id in manager._adapter_manager.lora_index_to_id
-            if lora_id is not None  # noqa: SLF001
-        ]
+        slots: list[int | None] = manager._adapter_manager.lora_index_to_id  # noqa: SLF001
+        return [lora_id for lora_id in slots if lora_id is not None]

@@ -109,7 +109,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.setblocking(False)  # noqa: FBT003
+        listener.setblocking(False)
     except OSError:
         listener.close()
         raise

@@ -13,6 +13,7 @@ sources); the token term is what a compute-bound prefill adds.
 
 import difflib
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -41,7 +42,7 @@ class LoadTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         ranks = sorted(self.by_rank)
         if rank <= ranks[0]:
             return self.by_rank[ranks[0]]
-        for low, high in zip(ranks, ranks[1:], strict=False):
+        for low, high in pairwise(ranks):
             if rank <= high:
                 share = (rank - low) / (high - low)
                 return self.by_rank[low] + share * (self.by_rank[high] - self.by_rank[low])

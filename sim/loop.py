@@ -118,7 +118,7 @@ class SimLoop(asyncio.AbstractEventLoop):
 
     def run_until_complete(self, future: "Generator[Any, None, T] | Awaitable[T]") -> T:
         """Run until the future is done. Raises `RanDryError` where it never will be."""
-        main: asyncio.Future[T] = asyncio.ensure_future(cast(Awaitable[T], future), loop=self)
+        main: asyncio.Future[T] = asyncio.ensure_future(cast("Awaitable[T]", future), loop=self)
         ready, step, queue_is_empty = self._ready, self.env.step, self._nothing_scheduled
         events._set_running_loop(self)  # noqa: SLF001  (the one way to be the running loop)
         try:

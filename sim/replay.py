@@ -77,7 +77,11 @@ class _Ledger:
         tally.in_flight_peak = max(tally.in_flight_peak, worker.in_flight)
 
     def load_ended(
-        self, worker: Worker, adapter: AdapterRef, load_s: float, error: LoadError | None
+        self,
+        worker: Worker,
+        adapter: AdapterRef,
+        load_s: float,  # noqa: ARG002
+        error: LoadError | None,
     ) -> None:
         tally = self.tally[worker.id]
         if error is None:
@@ -86,7 +90,7 @@ class _Ledger:
             tally.failed_loads += 1
         self.hash.update(f"loaded {worker.id} {adapter.name} {error is None}\n".encode())
 
-    def evicted(self, worker: Worker, adapter: AdapterRef) -> None:
+    def evicted(self, worker: Worker, adapter: AdapterRef) -> None:  # noqa: ARG002
         self.tally[worker.id].evictions += 1
 
 

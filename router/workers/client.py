@@ -216,8 +216,9 @@ class StockVllmClient:
         return self._loads
 
     async def states(self) -> AsyncIterator[State]:
-        """Nothing is pushed: read its metrics from time to time. They do not say what is resident,
-        which the state's number, older than any load, tells the core.
+        """Nothing is pushed: read its metrics from time to time.
+
+        They do not say what is resident; a number older than any load's tells the core so.
         """
         while True:
             if not await is_healthy(self.session, self.url):

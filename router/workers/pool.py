@@ -150,7 +150,7 @@ class WorkerPool:
             except asyncio.CancelledError:
                 await process.stop(self._config.drain_timeout_s)
                 raise
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  (told at the first start, logged after)
                 process.kill()
                 await process.wait()
                 if not first.done():

@@ -118,6 +118,6 @@ def test_the_rules_follow_from_the_configuration_and_the_model_folder(tmp_path: 
     [llm] = parse(text, name="c", folder=tmp_path).llm_configs
     rules = adapter_rules(llm)
     assert rules.rank_max == 64
-    assert rules.modules == {"q_proj"}
+    assert rules.modules == frozenset({"q_proj"})
     assert set(rules.base_names) >= {str(model), "served", "org/Original", "org/cousin"}
     assert config()["base_model_name_or_path"] == "tiny"

@@ -209,6 +209,30 @@ ENGINES = [
 ]
 
 
+@pytest.fixture(scope="session")
+def stock(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Path,
+    adapter_store: tuple[Path, dict[str, str]],
+) -> Iterator["Stock"]:
+    """A stock vLLM server with every adapter, booting; who needs it waits for it."""
+    folder = tmp_path_factory.mktemp("stock")
+    with stock_vllm(folder, tiny_model, adapter_store[0]) as url:
+        yield Stock(url, folder / "stock.log")
+
+
+class Stock:
+    """Where the stock server is, and its log."""
+
+    def __init__(self, url: str, log: Path) -> None:
+        self.url = url
+        self._log = log
+
+    def wait(self) -> "Stock":
+        wait_healthy(self.url, self._log, BOOT_S)
+        return self
+
+
 @pytest.fixture(scope="module", params=ENGINES)
 def served(
     request: pytest.FixtureRequest,
@@ -220,19 +244,20 @@ def served(
     adapters, environment = adapter_store
     folder = tmp_path_factory.mktemp(f"served-{engine}")
     model: Path | None = None
+    stock: Stock | None = None
     with ExitStack() as stack:
         if engine == "vllm":
-            pytest.importorskip("vllm")
             model = request.getfixturevalue("tiny_model")
-            # Stock vLLM, told of the adapters at its start: booted beside the others to save time.
-            url = stack.enter_context(stock_vllm(folder, model, adapters))
+            stock = request.getfixturevalue("stock")  # boots beside the others, to save time
+            url = stock.url
         else:
             url = stack.enter_context(emulated_alone(folder, adapters))
         config = config_for(engine, model, f"s3://adapters/{MODEL}")
         deployment = stack.enter_context(
             deployed(config, folder / "router", {**environment, **CPU}, timeout_s=BOOT_S)
         )
-        wait_healthy(url, folder / "stock.log", BOOT_S)
+        if stock is not None:
+            stock.wait()
         yield Served(engine, deployment, EngineAlone(url))
 
 

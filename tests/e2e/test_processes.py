@@ -70,7 +70,7 @@ def workers_of(folder: Path) -> list[int]:
             continue
         try:
             told = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
-            logs = os.readlink(entry / "fd" / "1")
+            logs = str((entry / "fd" / "1").readlink())
         except OSError:
             continue
         if b"engine_worker" in told and logs.startswith(str(folder)):

@@ -1,5 +1,6 @@
 """The engine model: its arithmetic on hand-made cases, and its fast path against its slow one."""
 
+from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -141,7 +142,7 @@ def play(events: list[Any], *, jump: bool) -> list[tuple[Any, ...]]:
     model = engine(env, jump=jump, max_num_seqs=4, max_num_batched_tokens=128)
     requests: list[EngineRequest] = []
 
-    def script():  # type: ignore[no-untyped-def]  # SimPy's generator
+    def script() -> Generator[simpy.Event, None, None]:
         for delay_s, what, prompt, output, adapter in events:
             yield env.timeout(delay_s)
             if what == "submit":

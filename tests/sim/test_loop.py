@@ -1,12 +1,16 @@
 import asyncio
+from collections.abc import Coroutine, Generator
+from typing import Any, TypeVar
 
 import pytest
 import simpy
 
 from sim.loop import RanDryError, SimLoop, run
 
+T = TypeVar("T")
 
-def simulate(main):  # type: ignore[no-untyped-def]  # any coroutine
+
+def simulate(main: Coroutine[Any, Any, T]) -> T:
     return run(simpy.Environment(), main)
 
 
@@ -31,7 +35,7 @@ def test_asyncio_and_simpy_share_one_order_of_events() -> None:
         assert isinstance(loop, SimLoop)
         seen: list[str] = []
 
-        def process():  # type: ignore[no-untyped-def]  # SimPy's generator
+        def process() -> Generator[simpy.Event, None, str]:
             yield loop.env.timeout(1)
             seen.append("simpy 1")
             yield loop.env.timeout(2)

@@ -3,6 +3,7 @@
 import json
 import struct
 from array import array
+from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -26,7 +27,7 @@ def config(**changes: Any) -> dict[str, Any]:  # noqa: ANN401
     }
 
 
-def safetensors(tensors: dict[str, tuple[tuple[int, ...], bytes]]) -> bytes:
+def safetensors(tensors: Mapping[str, tuple[tuple[int, ...], bytes]]) -> bytes:
     """float32 tensors in the safetensors format."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0

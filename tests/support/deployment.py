@@ -37,20 +37,24 @@ class Deployment:
 
     def __init__(
         self,
-        config: dict[str, Any],
+        config: dict[str, Any] | Path,
         folder: Path,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        router = {"port": 0, "cache_dir": str(folder / "cache"), **config.get("router", {})}
-        path = folder / "config.yaml"
-        path.write_text(yaml.safe_dump({**config, "router": router}))
+        if isinstance(config, Path):
+            path = config
+        else:
+            router = {"port": 0, "cache_dir": str(folder / "cache"), **config.get("router", {})}
+            path = folder / "config.yaml"
+            path.write_text(yaml.safe_dump({**config, "router": router}))
+        port = [] if isinstance(config, dict) else ["--port", "0"]
         self.folder = folder
         self.log_file = folder / "router.log"
         self._out = folder / "router.out"
         with self.log_file.open("wb") as log, self._out.open("wb") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "router", "serve", str(path)],
+                [sys.executable, "-m", "router", "serve", str(path), *port],
                 cwd=ROOT,
                 env={**os.environ, **(environment or {})},
                 stdin=subprocess.DEVNULL,
@@ -126,7 +130,7 @@ class Deployment:
 
 @contextmanager
 def deployed(
-    config: dict[str, Any],
+    config: dict[str, Any] | Path,
     folder: Path,
     environment: Mapping[str, str] | None = None,
     *,
@@ -165,19 +169,13 @@ def read(status: int, answer: Any) -> tuple[int, dict[str, str], Any]:  # noqa: 
 
 def children(pid: int) -> list[int]:
     """The direct children of a process."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal() and (stat := stat_of(int(entry.name))) and stat[1] == pid:
-            found.append(int(entry.name))
-    return sorted(found)
+    everyone = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+    return sorted(one for one in everyone if (stat := stat_of(one)) and stat[1] == pid)
 
 
 def descendants(pid: int) -> list[int]:
     """All processes below a process."""
-    found = []
-    for child in children(pid):
-        found += [child, *descendants(child)]
-    return found
+    return [found for child in children(pid) for found in (child, *descendants(child))]
 
 
 def stat_of(pid: int) -> tuple[str, int] | None:
