@@ -112,7 +112,8 @@ def measure(
     rounds: int,
 ) -> tuple[list[tuple[str, ...]], list[dict[str, Any]]]:
     """Drive both ways in turn; the table's rows and the figures."""
-    rows, data = [], []
+    rows: list[tuple[str, ...]] = []
+    data: list[dict[str, Any]] = []
     for title, requests, tokens, clients, stream in cases:
         bodies = [chat(MODEL, tokens, stream=stream)] * requests
         asyncio.run(drive(worker_url, bodies[:clients], clients=clients))

@@ -88,10 +88,12 @@ class Load:
 
     @property
     def median_s(self) -> float:
+        """The median latency."""
         return statistics.median(self.latencies)
 
     @property
     def per_s(self) -> float:
+        """Requests a second."""
         return len(self.latencies) / self.wall_s
 
 
