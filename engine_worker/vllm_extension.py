@@ -1,4 +1,4 @@
-"""Runs inside vLLM's worker processes: tells which adapters are in GPU slots.
+"""Runs inside vLLM's worker processes: tells which adapters are in slots, mends the CPU's kernels.
 
 vLLM reports adapters with requests in flight, not what is resident; the truth is in the adapter
 manager of each worker process. vLLM mixes this class into its worker (`worker_extension_cls`), so
@@ -6,6 +6,13 @@ its method can be called from the outside by `collective_rpc`.
 """
 
 from typing import Any
+
+from vllm.platforms import current_platform
+
+if current_platform.is_cpu():
+    from engine_worker.vllm_cpu_lora import mend
+
+    mend()
 
 
 class LoraSlots:

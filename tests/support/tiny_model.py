@@ -22,7 +22,9 @@ def build(folder: Path) -> Path:
         Qwen2ForCausalLM,
     )
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # ASCII alone (a space is Ġ, a new line Ċ there), so that every token is text by itself and
+    # streams as one piece.
+    alphabet = [chr(code) for code in range(0x21, 0x7F)] + ["Ġ", "Ċ"]
     vocabulary = {letter: number for number, letter in enumerate(alphabet)}
     vocabulary["<|end|>"] = len(vocabulary)
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
