@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Final
 
+from anyio import CapacityLimiter, to_thread
+
 from router.adapters.store import AdapterGoneError, AdapterStore, StoredAdapter, StoreError
 from router.adapters.validate import (
     AdapterRules,
@@ -27,6 +29,7 @@ from router.core.job import LoadError, LoadFault
 PARTIAL: Final = ".partial-"
 STALE_S: Final = 3600.0
 BACKOFF_S: Final = 0.2
+FETCHES_MAX: Final = 8
 
 
 def default_cache_dir() -> Path:
@@ -53,6 +56,8 @@ class AdapterCache:
         self._timeout_s = timeout_s
         self._max_tries = max_tries
         self._fetching: dict[str, asyncio.Task[Path]] = {}
+        # Of its own, so that neither a slow store nor the listing can take the other's threads.
+        self._threads = CapacityLimiter(FETCHES_MAX)
         self.fetches = 0
 
     def prepare(self) -> None:
@@ -87,7 +92,14 @@ class AdapterCache:
             stop = threading.Event()
             try:
                 async with asyncio.timeout(self._timeout_s):
-                    await asyncio.to_thread(self._fetch_once, adapter, place, stop)
+                    await to_thread.run_sync(
+                        self._fetch_once,
+                        adapter,
+                        place,
+                        stop,
+                        abandon_on_cancel=True,  # it sees `stop`, and cleans up after itself
+                        limiter=self._threads,
+                    )
             except TimeoutError:
                 last = f"not here after {self._timeout_s:g} s (download_timeout_s)"
             except AdapterGoneError as error:

@@ -10,6 +10,8 @@ import logging
 from collections import OrderedDict
 from typing import Final
 
+from anyio import CapacityLimiter, to_thread
+
 from router.adapters.store import AdapterStore, StoredAdapter, StoreError, is_name
 
 log = logging.getLogger("lorayard.adapters")
@@ -30,7 +32,7 @@ class AdapterCatalog:
         self._listed: dict[str, StoredAdapter] = {}
         self._absent: OrderedDict[str, float] = OrderedDict()
         self._lookups: dict[str, asyncio.Task[StoredAdapter | None]] = {}
-        self._places = asyncio.Semaphore(LOOKUPS_MAX)
+        self._threads = CapacityLimiter(LOOKUPS_MAX)
 
     @property
     def names(self) -> list[str]:
@@ -45,7 +47,9 @@ class AdapterCatalog:
         """Read the whole listing. Raises `StoreError`, and then keeps the listing that it has."""
         try:
             async with asyncio.timeout(LIST_TIMEOUT_S):
-                self._listed = await asyncio.to_thread(self._store.list)
+                self._listed = await to_thread.run_sync(
+                    self._store.list, abandon_on_cancel=True, limiter=self._threads
+                )
         except TimeoutError:
             raise StoreError(f"{self._store.url}: no listing after {LIST_TIMEOUT_S:g} s") from None
 
@@ -74,14 +78,13 @@ class AdapterCatalog:
         return await asyncio.shield(lookup)
 
     async def _look_up(self, name: str) -> StoredAdapter | None:
-        async with self._places:
-            try:
-                async with asyncio.timeout(LOOKUP_TIMEOUT_S):
-                    adapter = await asyncio.to_thread(self._store.find, name)
-            except TimeoutError:
-                raise StoreError(
-                    f"{self._store.url}: no answer after {LOOKUP_TIMEOUT_S:g} s"
-                ) from None
+        try:
+            async with asyncio.timeout(LOOKUP_TIMEOUT_S):
+                adapter = await to_thread.run_sync(
+                    self._store.find, name, abandon_on_cancel=True, limiter=self._threads
+                )
+        except TimeoutError:
+            raise StoreError(f"{self._store.url}: no answer after {LOOKUP_TIMEOUT_S:g} s") from None
         if adapter is not None:
             self._listed[name] = adapter
             self._absent.pop(name, None)
