@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
+from source import parsed
 
 ROOT = Path(__file__).parents[1]
 # package -> what of ours it may import
@@ -30,7 +31,7 @@ def files() -> list[tuple[str, Path]]:
     ("package", "path"), files(), ids=[str(path.relative_to(ROOT)) for _, path in files()]
 )
 def test_imports_follow_the_design(package: str, path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         modules = []
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]

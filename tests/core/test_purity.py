@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from source import parsed
 
 CORE = Path(__file__).parents[2] / "router" / "core"
 MODULES = sorted(CORE.rglob("*.py"))
@@ -27,7 +28,7 @@ def imports(tree: ast.AST) -> list[str]:
 
 @pytest.mark.parametrize("path", MODULES, ids=[str(path.relative_to(CORE)) for path in MODULES])
 def test_the_core_is_pure(path: Path) -> None:
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     for module in imports(tree):
         top = module.partition(".")[0]
         assert (
