@@ -35,8 +35,10 @@ serve: $(VENV)/.core  ## set up and serve the demonstration on http://127.0.0.1:
 	@engine=$(ENGINE); \
 	if [ "$$engine" = vllm ]; then \
 		echo "==> engine: vLLM, $(BUILD) build$(if $(GPU), for $(GPU))"; \
-		$(MAKE) --no-print-directory install-engine || { \
-			echo "==> vLLM cannot be installed on this machine (see above): starting the emulated engine"; \
+		$(MAKE) --no-print-directory install-engine \
+		|| { [ $(BUILD) = gpu ] && echo "==> the GPU build cannot be installed: trying the CPU build" \
+			&& $(MAKE) --no-print-directory install-engine BUILD=cpu; } \
+		|| { echo "==> vLLM cannot be installed on this machine (see above): starting the emulated engine"; \
 			engine=emulated; }; \
 	fi; \
 	if [ "$$engine" = vllm ]; then \
@@ -80,7 +82,7 @@ $(VENV)/.engine-cpu: $(VENV)/.core requirements/overrides.txt
 
 $(VENV)/.engine-gpu: $(VENV)/.core requirements/overrides.txt
 	@echo "==> installing vLLM for the GPU (8 GB, minutes the first time)"
-	@$(UV) pip install --python $(PY) --overrides requirements/overrides-gpu.txt -e '.[gpu,demo]'
+	@$(UV) pip install --python $(PY) $(FIND_LINKS) --overrides requirements/overrides-gpu.txt -e '.[gpu,demo]'
 	@touch $@
 
 test: $(VENV)/.test install-engine lint test-lowest  ## everything: linters, types, all tests, real vLLM included

@@ -117,11 +117,12 @@ class EmulatedAdapters:
     def __init__(self, engine: SimEngine, pacer: Pacer) -> None:
         self._engine = engine
         self._pacer = pacer
-        self.serving: dict[str, AdapterId] = {}
+        # What each version's weights are, loaded last at the end.
+        self._weights: dict[AdapterId, str] = {}
 
     async def add(self, adapter: AdapterId, path: str, evict: Sequence[AdapterId]) -> None:
         """Check the weights as an engine would, then load for as long as the model says."""
-        await asyncio.to_thread(check_weights, Path(path))
+        digest = await asyncio.to_thread(check_weights, Path(path))
         loop = asyncio.get_running_loop()
         loaded: asyncio.Future[None] = loop.create_future()
         self._pacer.catch_up()
@@ -134,17 +135,28 @@ class EmulatedAdapters:
         event.callbacks.append(arrived)
         self._pacer.arm()
         await loaded
-        self.serving[adapter.name] = adapter
+        self._weights.pop(adapter, None)
+        self._weights[adapter] = digest
         for victim in evict:
-            if self.serving.get(victim.name) == victim:
-                del self.serving[victim.name]
+            self._weights.pop(victim, None)
             self._engine.evict(victim)
 
     async def remove(self, adapter: AdapterId) -> None:
         """Drop the adapter from both tiers."""
-        if self.serving.get(adapter.name) == adapter:
-            del self.serving[adapter.name]
+        self._weights.pop(adapter, None)
         self._engine.unload(adapter)
+
+    @property
+    def names(self) -> list[str]:
+        """The names that are served."""
+        return list(dict.fromkeys(adapter.name for adapter in self._weights))
+
+    def find(self, name: str, version: str) -> tuple[AdapterId, str] | None:
+        """The version asked for, or the one loaded last; with the digest of its weights."""
+        for adapter, digest in reversed(self._weights.items()):
+            if adapter.name == name and version in {"", adapter.version}:
+                return adapter, digest
+        return None
 
     async def residency(self) -> tuple[tuple[AdapterId, ...], tuple[AdapterId, ...]]:
         """Read off the model."""
@@ -157,8 +169,8 @@ class EmulatedAdapters:
         return in_slots, elsewhere
 
 
-def check_weights(folder: Path) -> None:
-    """Read the head of `adapter_model.safetensors` as a loader does. Raises `WorkerError`."""
+def check_weights(folder: Path) -> str:
+    """Read `adapter_model.safetensors` as a loader does; its digest. Raises `WorkerError`."""
     path = folder / "adapter_model.safetensors"
     try:
         with path.open("rb") as file:
@@ -169,6 +181,7 @@ def check_weights(folder: Path) -> None:
         ends = [entry["data_offsets"][1] for key, entry in tensors.items() if key != "__metadata__"]
         if path.stat().st_size != 8 + size + max(ends, default=0):
             raise WorkerError(400, f"{path.name} is cut short")
+        return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
     except OSError as error:
         raise WorkerError(400, f"{path.name}: {error.strerror}") from None
     except (msgspec.DecodeError, KeyError, TypeError, IndexError):
@@ -277,27 +290,28 @@ class EmulatedWorker:
     # vLLM's routes.
 
     async def _models(self, _: web.Request) -> web.Response:
-        ids = [self._model_id, *self._adapters.serving]
+        ids = [self._model_id, *self._adapters.names]
         data = [{"id": name, "object": "model", "owned_by": "emulated"} for name in ids]
         return _json(msgspec.json.encode({"object": "list", "data": data}))
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
-        body, adapter = await self._read(request)
+        body, adapter, weights = await self._read(request)
         if body.messages is None:
             raise WorkerError(400, "`messages` is missing")
         prompt = "\n".join(f"{message.role}: {message.content}" for message in body.messages)
         tokens = body.max_completion_tokens or body.max_tokens or 24
-        return await self._generate(request, body, adapter, prompt, tokens, chat=True)
+        return await self._generate(request, body, adapter, weights, prompt, tokens, chat=True)
 
     async def _completion(self, request: web.Request) -> web.StreamResponse:
-        body, adapter = await self._read(request)
+        body, adapter, weights = await self._read(request)
         if body.prompt is None:
             raise WorkerError(400, "`prompt` is missing")
         tokens = body.max_tokens or 16
-        return await self._generate(request, body, adapter, str(body.prompt), tokens, chat=False)
+        prompt = str(body.prompt)
+        return await self._generate(request, body, adapter, weights, prompt, tokens, chat=False)
 
     async def _embeddings(self, request: web.Request) -> web.Response:
-        body, adapter = await self._read(request)
+        body, adapter, _ = await self._read(request)
         if body.input is None:
             raise WorkerError(400, "`input` is missing")
         texts = body.input if isinstance(body.input, list) else [body.input]
@@ -315,18 +329,20 @@ class EmulatedWorker:
         answer = {"object": "list", "model": body.model, "data": data, "usage": usage}
         return _json(msgspec.json.encode(answer))
 
-    async def _read(self, request: web.Request) -> tuple[_Request, AdapterId | None]:
+    async def _read(self, request: web.Request) -> tuple[_Request, AdapterId | None, str]:
+        """The body, and the adapter with its weights' digest."""
         try:
             body = msgspec.json.decode(await request.read(), type=_Request)
         except msgspec.DecodeError as error:
             raise WorkerError(400, str(error)) from None
         if body.model in {None, self._model_id}:
-            return body, None
+            return body, None, ""
         assert body.model is not None
-        adapter = self._adapters.serving.get(body.model)
-        if adapter is None:
+        version = request.headers.get(protocol.VERSION_HEADER, "")
+        found = self._adapters.find(body.model, version)
+        if found is None:
             raise WorkerError(404, f"The model `{body.model}` does not exist.")
-        return body, adapter
+        return body, *found
 
     async def _run(
         self, adapter: AdapterId | None, prompt_tokens: int, tokens: int
@@ -362,13 +378,14 @@ class EmulatedWorker:
         request: web.Request,
         body: _Request,
         adapter: AdapterId | None,
+        weights: str,
         prompt: str,
         tokens: int,
         *,
         chat: bool,
     ) -> web.StreamResponse:
         model = body.model or self._model_id
-        pieces = answer_words(model, prompt, tokens)
+        pieces = answer_words(model, weights, prompt, tokens)
         prompt_tokens = count_tokens(prompt)
         usage = {
             "prompt_tokens": prompt_tokens,
@@ -415,9 +432,9 @@ class EmulatedWorker:
         return response
 
 
-def answer_words(model: str, prompt: str, tokens: int) -> list[str]:
-    """The answer's tokens: it names its model, then says words drawn by model and prompt."""
-    seed = hashlib.blake2b(f"{model}\n{prompt}".encode(), digest_size=32).digest()
+def answer_words(model: str, weights: str, prompt: str, tokens: int) -> list[str]:
+    """The answer's tokens: it names its model, then says words drawn by weights and prompt."""
+    seed = hashlib.blake2b(f"{model}\n{weights}\n{prompt}".encode(), digest_size=32).digest()
     pieces = [f"[emulated {model}]"]
     pieces += [f" {WORDS[(seed[i % 32] + i // 32) % len(WORDS)]}" for i in range(1, tokens)]
     return pieces[:tokens]

@@ -6,14 +6,15 @@ megabytes, the child becomes the engine in a process group of its own. Then
 
   - the router is gone (its end of our standard input closes): the guardian kills the group;
   - the engine's main process is gone: the guardian kills what is left of the group and exits alike;
-  - the guardian is gone: a thread of the child, reading a pipe that only the guardian holds open,
-    kills its own group.
+  - the guardian is gone, or is stopped while the router goes: a thread of the child, reading a pipe
+    that only the guardian holds open and the router's, kills its own group.
 
 Each of the three needs only the kernel to close a pipe, which it does for a `kill -9` as well.
 """
 
 import contextlib
 import os
+import select
 import selectors
 import signal
 import threading
@@ -56,17 +57,21 @@ def guard(main: Callable[[], int], *, lifeline: int | None) -> int:
 def _become_engine(guardian: int, lifeline: int | None) -> None:
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)
-    if lifeline == 0:  # the guardian reads it; the engine has no standard input
+    followed = [guardian]
+    if lifeline is not None:
+        followed.append(os.dup(lifeline))  # a stopped guardian must not keep the engine alive
+    if lifeline == 0:  # the engine has no standard input
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
         os.close(null)
 
-    def follow_guardian() -> None:
-        while os.read(guardian, 1):
-            pass
-        os.killpg(0, signal.SIGKILL)
+    def follow() -> None:
+        while True:
+            ready, _, _ = select.select(followed, (), ())
+            if any(not os.read(end, 64) for end in ready):
+                os.killpg(0, signal.SIGKILL)
 
-    threading.Thread(target=follow_guardian, name="lifeline", daemon=True).start()
+    threading.Thread(target=follow, name="lifeline", daemon=True).start()
 
 
 def _watch(child: int, lifeline: int | None) -> int:

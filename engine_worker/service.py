@@ -6,6 +6,7 @@ engine's) only carry bytes to and from here.
 
 import asyncio
 import hmac
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from engine_worker.protocol import (
 )
 
 RequestT = TypeVar("RequestT")
+log = logging.getLogger("lorayard.worker")
 
 
 class WorkerError(Exception):
@@ -45,7 +47,10 @@ class Engine(Protocol):
     """An engine that holds adapters."""
 
     async def add(self, adapter: AdapterId, path: str, evict: Sequence[AdapterId]) -> None:
-        """Load an adapter, then drop `evict`. Raises `WorkerError`, having dropped nothing."""
+        """Load an adapter, unless it is held, then drop `evict`.
+
+        Raises `WorkerError`, having dropped nothing.
+        """
 
     async def remove(self, adapter: AdapterId) -> None:
         """Drop an adapter; harmless where it is not held."""
@@ -109,7 +114,6 @@ class WorkerService:
         self._info = info
         self._feed = feed
         self._token = token
-        self._held: dict[AdapterId, str] = {}
         self._locks: dict[str, asyncio.Lock] = {}
 
     def authorized(self, header: str | None) -> bool:
@@ -136,13 +140,9 @@ class WorkerService:
         try:
             async with lock:
                 started = time.monotonic()
-                if self._held.get(adapter) != request.path or request.evict:
-                    if not (Path(request.path) / "adapter_config.json").is_file():
-                        raise WorkerError(400, f"no adapter_config.json in {request.path}")
-                    await self._engine.add(adapter, request.path, request.evict)
-                    self._held[adapter] = request.path
-                    for evicted in request.evict:
-                        self._held.pop(evicted, None)
+                if not (Path(request.path) / "adapter_config.json").is_file():
+                    raise WorkerError(400, f"no adapter_config.json in {request.path}")
+                await self._engine.add(adapter, request.path, request.evict)
                 await self.refresh()
                 return msgspec.json.encode(
                     LoadReply(self._feed.state.seq, time.monotonic() - started)
@@ -157,15 +157,21 @@ class WorkerService:
         try:
             async with lock:
                 await self._engine.remove(adapter)
-                self._held.pop(adapter, None)
                 await self.refresh()
                 return msgspec.json.encode(LoadReply(self._feed.state.seq))
         finally:
             self._forget_lock(adapter.name, lock)
 
     async def refresh(self) -> None:
-        """Ask the engine where its adapters are, and tell whoever follows."""
-        gpu, host = await self._engine.residency()
+        """Ask the engine where its adapters are, and tell whoever follows.
+
+        An engine that does not answer leaves the state as it was: what was loaded is loaded.
+        """
+        try:
+            gpu, host = await self._engine.residency()
+        except Exception:
+            log.exception("the engine does not say which adapters it holds")
+            gpu, host = self._feed.state.gpu, self._feed.state.host
         self._feed.set_adapters(gpu, host)
 
     def lines(self) -> AsyncIterator[bytes]:

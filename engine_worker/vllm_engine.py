@@ -10,7 +10,16 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    MutableMapping,
+    Sequence,
+)
+from contextvars import ContextVar
 from typing import Any, Final
 
 from engine_worker import protocol
@@ -25,8 +34,16 @@ CPU_DEFAULTS: Final = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
 }
+# Set here, from the configuration's other fields or because the worker's routes need them.
+OURS: Final = frozenset(
+    {"model", "served_model_name", "worker_extension_cls", "disable_log_stats", "lora_modules",
+     "host", "port", "uds", "api_key"}
+)  # fmt: skip
 RESIDENCY_PERIOD_S: Final = 1.0
 UNSET: Final = object()
+
+# The version that the request at hand was routed for; each request runs in a context of its own.
+asked_version: ContextVar[str] = ContextVar("asked_version", default="")
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -37,6 +54,7 @@ def serve(options: WorkerOptions, listener: socket.socket) -> int:
     """Boot the engine and serve until SIGTERM; return the exit status."""
     for name, value in CPU_DEFAULTS.items():
         os.environ.setdefault(name, value)
+    os.environ.pop("VLLM_API_KEY", None)  # vLLM would ask for it beside our token
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if os.path.isdir(options.model):  # noqa: PTH112  (a hub id is no path)
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -88,6 +106,7 @@ async def _serve(options: WorkerOptions, listener: socket.socket) -> int:
             timeout_graceful_shutdown=int(options.drain_timeout_s),
         )
         server = _server(config)
+        app.state.server = server  # vLLM's error handler ends it when the engine has died
         serving = loop.create_task(server.serve(sockets=[listener]))
         watching = loop.create_task(_follow_residency(service, feed))
         stopping = loop.create_task(stop.wait())
@@ -136,6 +155,8 @@ def _arguments(options: WorkerOptions) -> tuple[Any, Any]:
         # the one that it replaces is dropped.
         kwargs.setdefault("max_cpu_loras", int(kwargs.get("max_loras", 1)) + 1)
     for name, value in kwargs.items():
+        if name in OURS:
+            raise SystemExit(f"engine_kwargs: `{name}` is set by the worker; leave it out")
         if getattr(args, name, UNSET) is UNSET:
             raise SystemExit(f"engine_kwargs: vLLM has no argument `{name}`")
         setattr(args, name, value)
@@ -146,15 +167,69 @@ def _arguments(options: WorkerOptions) -> tuple[Any, Any]:
     return AsyncEngineArgs.from_cli_args(args), args
 
 
+class ServedAdapters(dict[str, Any]):
+    """vLLM's registry of adapters by name, told apart by version where the request names one.
+
+    vLLM looks a request's model up here (`OpenAIServingModels.lora_requests`). A worker may hold two
+    versions of one name; the request then gets the one that it was routed for, and 404 where that
+    is no longer held. Without a version it gets the one loaded last.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._versions: dict[AdapterId, Any] = {}
+
+    def serve(self, adapter: AdapterId, request: Any) -> None:  # noqa: ANN401
+        """Answer for this version from now on, and for the bare name."""
+        self._versions.pop(adapter, None)
+        self._versions[adapter] = request
+        self[adapter.name] = request
+
+    def drop(self, adapter: AdapterId) -> None:
+        """No longer answer for this version; the bare name falls to another one, if there is one."""
+        dropped = self._versions.pop(adapter, None)
+        if dropped is None or dict.get(self, adapter.name) is not dropped:
+            return
+        others = [
+            request for other, request in self._versions.items() if other.name == adapter.name
+        ]
+        if others:
+            self[adapter.name] = others[-1]
+        else:
+            del self[adapter.name]
+
+    @property
+    def adapters(self) -> Iterable[AdapterId]:
+        """The versions that are served."""
+        return self._versions
+
+    def request_of(self, adapter: AdapterId) -> Any:  # noqa: ANN401
+        """The request of a version, as vLLM takes it, or None."""
+        return self._versions.get(adapter)
+
+    def __contains__(self, name: object) -> bool:
+        version = asked_version.get()
+        if not version:
+            return super().__contains__(name)
+        return AdapterId(str(name), version) in self._versions
+
+    def __getitem__(self, name: str) -> Any:  # noqa: ANN401
+        version = asked_version.get()
+        if not version:
+            return super().__getitem__(name)
+        return self._versions[AdapterId(name, version)]
+
+
 class VllmAdapters:
     """Adapters in one vLLM engine: the `Engine` of service.py."""
 
     def __init__(self, engine: Any, serving_models: Any, lora_config: Any) -> None:  # noqa: ANN401
         self._engine = engine
-        self._serving = serving_models
-        self._ids: dict[AdapterId, int] = {}
-        self._by_id: dict[int, AdapterId] = {}
-        self._next_id = 0
+        self._ids = serving_models.lora_id_counter
+        self._served = serving_models.lora_requests = ServedAdapters()
+        # Adding and removing are two calls to the engine; between them it holds one adapter more,
+        # and two such pairs at once could make it drop a third by its own choice.
+        self._changing = asyncio.Lock()
         # With a host tier of its own, vLLM keeps what it drops from a slot, and drops it there in
         # its own order; without one, what is evicted has to be removed to make the room.
         self._keeps_evicted = bool(
@@ -162,52 +237,55 @@ class VllmAdapters:
         )
 
     async def add(self, adapter: AdapterId, path: str, evict: Sequence[AdapterId]) -> None:
-        """Load through the engine, which checks the weights before it drops any."""
+        """Load through the engine, which checks the weights before it drops any.
+
+        For an adapter that it holds the engine only notes the use.
+        """
         from vllm.lora.request import LoRARequest  # noqa: PLC0415
 
-        lora_id = self._ids.get(adapter)
-        if lora_id is None:
-            self._next_id += 1
-            lora_id = self._next_id
-        request = LoRARequest(lora_name=adapter.name, lora_int_id=lora_id, lora_path=path)
-        try:
-            await self._engine.add_lora(request)
-        except Exception as error:
-            if self._engine.errored:
-                raise WorkerError(500, f"the engine is dead: {error}") from error
-            raise WorkerError(400, f"vLLM refused {adapter.name}: {_last_line(error)}") from error
-        self._ids[adapter] = lora_id
-        self._by_id[lora_id] = adapter
-        self._serving.lora_requests[adapter.name] = request
-        for evicted in evict:
-            if self._keeps_evicted:
-                self._unserve(evicted)
-            else:
-                await self.remove(evicted)
+        async with self._changing:
+            request = self._served.request_of(adapter)
+            if request is None or request.lora_path != path:
+                request = LoRARequest(
+                    lora_name=adapter.name, lora_int_id=self._ids.inc(1), lora_path=path
+                )
+            try:
+                await self._engine.add_lora(request)
+            except Exception as error:
+                if self._engine.errored:
+                    raise WorkerError(500, f"the engine is dead: {error}") from error
+                message = f"vLLM refused {adapter.name}: {_last_line(error)}"
+                raise WorkerError(400, message) from error
+            self._served.serve(adapter, request)
+            for evicted in evict:
+                await self._drop(evicted)
 
     async def remove(self, adapter: AdapterId) -> None:
         """Take the adapter out of the engine; requests that run on it keep their weights."""
-        self._unserve(adapter)
-        lora_id = self._ids.pop(adapter, None)
-        if lora_id is not None:
-            await self._engine.remove_lora(lora_id)
-            self._by_id.pop(lora_id, None)
+        async with self._changing:
+            await self._drop(adapter)
 
-    def _unserve(self, adapter: AdapterId) -> None:
-        """Answer 404 for the name, unless it stands for another version by now."""
-        served = self._serving.lora_requests.get(adapter.name)
-        if served is not None and served.lora_int_id == self._ids.get(adapter):
-            del self._serving.lora_requests[adapter.name]
+    async def _drop(self, adapter: AdapterId) -> None:
+        request = self._served.request_of(adapter)
+        self._served.drop(adapter)
+        if request is not None and not self._keeps_evicted:
+            await self._engine.remove_lora(request.lora_int_id)
 
     async def residency(self) -> tuple[tuple[AdapterId, ...], tuple[AdapterId, ...]]:
-        """Ask the engine's processes; the first speaks for all, they hold the same."""
-        if not self._ids:
+        """Ask the engine's processes; the first speaks for all, they hold the same.
+
+        What the engine still has of adapters that are no longer served is not told: a request for
+        them would find nothing.
+        """
+        served = {
+            self._served.request_of(adapter).lora_int_id: adapter
+            for adapter in self._served.adapters
+        }
+        if not served:
             return (), ()
         slots = set((await self._engine.collective_rpc("lorayard_gpu_lora_ids"))[0])
         held = sorted(await self._engine.list_loras())
-        known = [
-            (lora_id in slots, self._by_id[lora_id]) for lora_id in held if lora_id in self._by_id
-        ]
+        known = [(lora_id in slots, served[lora_id]) for lora_id in held if lora_id in served]
         return (
             tuple(adapter for in_slot, adapter in known if in_slot),
             tuple(adapter for in_slot, adapter in known if not in_slot),
@@ -268,6 +346,8 @@ class WorkerApp:
             error = WorkerError(401, "no or wrong worker token")
             await _answer(send, 401, error.body())
         elif not path.startswith(protocol.PREFIX):
+            version = headers.get(protocol.VERSION_HEADER.lower().encode(), b"")
+            asked_version.set(version.decode("latin-1"))
             await self._app(scope, receive, send)
         elif (method, path) == ("GET", protocol.STATE):
             await _stream(receive, send, self._service.lines())

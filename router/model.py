@@ -4,6 +4,7 @@ import asyncio
 import logging
 from pathlib import Path
 from random import Random
+from urllib.parse import quote
 
 from router.adapters.cache import AdapterCache, default_cache_dir
 from router.adapters.catalog import AdapterCatalog
@@ -34,7 +35,7 @@ class ModelService:
             self.catalog = AdapterCatalog(store, refresh_s=config.store_refresh_s)
             self._cache = AdapterCache(
                 store,
-                cache_dir / "adapters" / llm.model_id.replace("/", "--"),
+                cache_dir / "adapters" / quote(llm.model_id, safe=""),
                 adapter_rules(llm),
                 timeout_s=llm.lora_config.download_timeout_s,
                 max_tries=llm.lora_config.max_download_tries,
@@ -72,11 +73,15 @@ class ModelService:
         """Return when every worker can serve. Raises `WorkerStartError`."""
         await self.pool.started()
 
-    async def find(self, name: str) -> AdapterRef | None:
-        """The adapter of that name, or None. Raises `StoreError`."""
+    async def find(self, name: str, *, afresh: bool = False) -> AdapterRef | None:
+        """The adapter of that name, or None; looked up in the store now if `afresh`.
+
+        Raises `StoreError`.
+        """
         if self.catalog is None:
             return None
-        stored = self.catalog.get(name) or await self.catalog.find(name)
+        stored = None if afresh else self.catalog.get(name)
+        stored = stored or await self.catalog.find(name, afresh=afresh)
         return None if stored is None else AdapterRef(self.model_id, name, stored.version)
 
     @property
@@ -84,9 +89,9 @@ class ModelService:
         """Whether a worker accepts requests."""
         return any(worker.accepting for worker in self.router.fleet)
 
-    async def stop(self) -> None:
-        """End the workers, once nothing runs any more."""
+    async def stop(self, hurry: asyncio.Event) -> None:
+        """End the workers, once nothing runs any more; at once if `hurry` is set."""
         if self._refreshing is not None:
             self._refreshing.cancel()
         await self.router.aclose()
-        await self.pool.stop()
+        await self.pool.stop(hurry)

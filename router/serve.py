@@ -73,7 +73,7 @@ async def serve(config: Config) -> None:
         finally:
             await runner.cleanup()
     finally:
-        await asyncio.gather(*(model.stop() for model in models))
+        await asyncio.gather(*(model.stop(hurry) for model in models))
         listener.close()
         log.info("stopped")
 

@@ -55,6 +55,8 @@ class AdapterCache:
         self._rules = rules
         self._timeout_s = timeout_s
         self._max_tries = max_tries
+        # Found sound by the rules that hold now; what another run left on disk is checked again.
+        self._sound: dict[str, None] = {}
         self._fetching: dict[str, asyncio.Task[Path]] = {}
         # Of its own, so that neither a slow store nor the listing can take the other's threads.
         self._threads = CapacityLimiter(FETCHES_MAX)
@@ -72,7 +74,7 @@ class AdapterCache:
         place = self._folder / f"{adapter.name}@{adapter.version}"
         task = self._fetching.get(place.name)
         if task is None:
-            if place.is_dir():
+            if place.name in self._sound:
                 return place
             task = asyncio.create_task(self._fetch(adapter, place))
             self._fetching[place.name] = task
@@ -103,7 +105,7 @@ class AdapterCache:
             except TimeoutError:
                 last = f"not here after {self._timeout_s:g} s (download_timeout_s)"
             except AdapterGoneError as error:
-                raise LoadError(LoadFault.ADAPTER_MISSING, str(error)) from None
+                raise LoadError(LoadFault.ADAPTER_CHANGED, str(error)) from None
             except InvalidAdapterError as error:
                 raise LoadError(LoadFault.ADAPTER_INVALID, str(error)) from None
             except StoreError as error:
@@ -111,6 +113,7 @@ class AdapterCache:
             except OSError as error:
                 last = f"{self._folder}: {error.strerror}"
             else:
+                self._sound[place.name] = None
                 return place
             finally:
                 stop.set()
@@ -120,6 +123,9 @@ class AdapterCache:
         )
 
     def _fetch_once(self, adapter: StoredAdapter, place: Path, stop: threading.Event) -> None:
+        if place.is_dir():
+            check_files(adapter.name, place, self._rules)
+            return
         self.fetches += 1
         partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=self._folder))
         try:

@@ -62,9 +62,12 @@ class AdapterCatalog:
             except StoreError as error:
                 log.warning("the listing is kept as it was: %s", error)
 
-    async def find(self, name: str) -> StoredAdapter | None:
-        """The adapter, or None where there is none of that name. Raises `StoreError`."""
-        adapter = self._listed.get(name)
+    async def find(self, name: str, *, afresh: bool = False) -> StoredAdapter | None:
+        """The adapter, or None where there is none of that name. Raises `StoreError`.
+
+        `afresh` looks even for what is listed: it was found to have changed.
+        """
+        adapter = None if afresh else self._listed.get(name)
         if adapter is not None or not is_name(name):
             return adapter
         now = asyncio.get_running_loop().time()
@@ -89,6 +92,7 @@ class AdapterCatalog:
             self._listed[name] = adapter
             self._absent.pop(name, None)
             return adapter
+        self._listed.pop(name, None)
         self._absent[name] = asyncio.get_running_loop().time()
         self._absent.move_to_end(name)
         if len(self._absent) > ABSENT_MAX:

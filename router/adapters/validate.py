@@ -47,15 +47,22 @@ class AdapterFacts(msgspec.Struct, frozen=True):
 
 
 def adapter_rules(llm: LLMConfig) -> AdapterRules:
-    """The rules that a configuration implies; reads the base model's head where it is local."""
+    """The rules that a configuration implies; reads the base model's head where it is local.
+
+    Raises `InvalidAdapterError` where that cannot be read.
+    """
     source = llm.model_loading_config.source
     names = {source: None, source.rstrip("/").rpartition("/")[2]: None, llm.model_id: None}
     folder = Path(source)
     config_path = folder / "config.json"
     modules: frozenset[str] | None = None
     if config_path.is_file():
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        if isinstance(name := config.get("_name_or_path"), str):
+        try:
+            config = json.loads(config_path.read_text(encoding="utf-8"))
+            name = config.get("_name_or_path")
+        except (ValueError, AttributeError, OSError, RecursionError):
+            raise InvalidAdapterError(f"{config_path} is no model's config.json") from None
+        if isinstance(name, str):
             names[name] = None
         modules = frozenset(_matrices(folder.glob("*.safetensors"))) or None
     if llm.lora_config is not None:
@@ -77,75 +84,93 @@ def check_listing(adapter: StoredAdapter) -> None:
     raise InvalidAdapterError(f"adapter {adapter.name}: {WEIGHTS_FILE} is missing")
 
 
+class PeftConfig(msgspec.Struct, frozen=True):
+    """What matters of an `adapter_config.json`, with PEFT's names; other fields are let be."""
+
+    r: int
+    target_modules: list[str] | str
+    peft_type: str = "LORA"
+    base_model_name_or_path: str | None = None
+    rank_pattern: dict[str, int] | None = None
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    use_dora: Any = None
+    lora_bias: Any = None
+    use_qalora: Any = None
+    use_bdlora: Any = None
+    alora_invocation_tokens: Any = None
+    layer_replication: Any = None
+
+
+UNSERVED: Final = (
+    "use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens",
+    "layer_replication",
+)  # fmt: skip
+
+
 def check_files(name: str, folder: Path, rules: AdapterRules) -> AdapterFacts:
     """Check both files of a downloaded adapter. Raises `InvalidAdapterError`."""
     try:
-        return _check_files(folder, rules)
+        config = _read_config(folder / CONFIG_FILE)
+        _check_config(config, rules)
+        tensors = _read_header(folder / WEIGHTS_FILE)
     except InvalidAdapterError as error:
         raise InvalidAdapterError(f"adapter {name}: {error}") from None
+    modules = tuple(sorted({_module(key): None for key in tensors}))
+    named = config.target_modules if isinstance(config.target_modules, list) else []
+    for module in (*modules, *(target.rpartition(".")[2] for target in named)):
+        if rules.modules is not None and module not in rules.modules:
+            raise InvalidAdapterError(
+                f"adapter {name}: target_modules has {module!r}, which {rules.base_names[0]!r} "
+                f"does not have; it has {', '.join(sorted(rules.modules))}"
+            )
+    return AdapterFacts(config.r, modules, (folder / WEIGHTS_FILE).stat().st_size)
 
 
-def _check_files(folder: Path, rules: AdapterRules) -> AdapterFacts:
-    config = _read_config(folder / CONFIG_FILE)
-    if config.get("peft_type", "LORA") != "LORA":
-        raise InvalidAdapterError(f"peft_type is {config['peft_type']!r}; only LORA is served")
-    rank = config.get("r")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise InvalidAdapterError(f"r is {rank!r}; it must be a whole number above 0")
-    pattern = config.get("rank_pattern") or {}
-    ranks = [rank, *(value for value in pattern.values() if isinstance(value, int))]
+def _check_config(config: PeftConfig, rules: AdapterRules) -> None:
+    if config.peft_type != "LORA":
+        raise InvalidAdapterError(f"peft_type is {config.peft_type!r}; only LORA is served")
+    ranks = (config.r, *(config.rank_pattern or {}).values())
+    if min(ranks) < 1:
+        raise InvalidAdapterError(f"r is {min(ranks)}; it must be a whole number above 0")
     if max(ranks) > rules.rank_max:
         raise InvalidAdapterError(
             f"its rank is {max(ranks)}, but max_lora_rank is {rules.rank_max}"
         )
-    base = config.get("base_model_name_or_path")
-    if base and not _is_base(str(base), rules.base_names):
+    base = config.base_model_name_or_path
+    if base and not _is_base(base, rules.base_names):
         raise InvalidAdapterError(
             f"base_model_name_or_path is {base!r}, but this model is "
             f"{rules.base_names[0]!r}; if it fits, add it to lora_config.accepted_base_models"
         )
-    for field in ("use_dora", "lora_bias", "use_qalora", "use_bdlora"):
-        if config.get(field):
+    for field in UNSERVED:
+        if getattr(config, field):
             raise InvalidAdapterError(f"{field} is set; vLLM does not serve such adapters")
-    if config.get("bias", "none") != "none":
-        raise InvalidAdapterError(f"bias is {config['bias']!r}; only 'none' is served")
-    if config.get("modules_to_save"):
+    if config.bias != "none":
+        raise InvalidAdapterError(f"bias is {config.bias!r}; only 'none' is served")
+    if config.modules_to_save:
         raise InvalidAdapterError(
-            f"modules_to_save is {config['modules_to_save']!r}; only LoRA weights are served"
+            f"modules_to_save is {config.modules_to_save!r}; only LoRA weights are served"
         )
-    path = folder / WEIGHTS_FILE
-    tensors = _read_header(path)
-    modules = {_module(key): None for key in tensors}
-    targets = config.get("target_modules")
-    if not isinstance(targets, (list, str)) or not targets:
-        raise InvalidAdapterError(f"target_modules is {targets!r}; it must name modules")
-    if rules.modules is not None:
-        named = targets if isinstance(targets, list) else []
-        unknown = [
-            module
-            for module in (*modules, *(str(target).rpartition(".")[2] for target in named))
-            if module not in rules.modules
-        ]
-        if unknown:
-            raise InvalidAdapterError(
-                f"target_modules has {unknown[0]!r}, which {rules.base_names[0]!r} does not have; "
-                f"it has {', '.join(sorted(rules.modules))}"
-            )
-    return AdapterFacts(rank, tuple(sorted(modules)), path.stat().st_size)
+    if not config.target_modules:
+        raise InvalidAdapterError(
+            f"target_modules is {config.target_modules!r}; it must name modules"
+        )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> PeftConfig:
     try:
         if path.stat().st_size > CONFIG_MAX_BYTES:
             raise InvalidAdapterError(f"{CONFIG_FILE} is larger than {CONFIG_MAX_BYTES:,} bytes")
-        config = json.loads(path.read_bytes())
+        return msgspec.json.decode(path.read_bytes(), type=PeftConfig)
     except OSError as error:
         raise InvalidAdapterError(f"{CONFIG_FILE}: {error.strerror}") from None
-    except ValueError:
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).partition(" - at ")
+        field = where.strip("`").removeprefix("$.")
+        raise InvalidAdapterError(f"{field or CONFIG_FILE}: {what}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise InvalidAdapterError(f"{CONFIG_FILE} is not valid JSON") from None
-    if not isinstance(config, dict):
-        raise InvalidAdapterError(f"{CONFIG_FILE} is not a JSON object")
-    return config
 
 
 def _read_header(path: Path) -> dict[str, Any]:
@@ -162,7 +187,7 @@ def _read_header(path: Path) -> dict[str, Any]:
         size = path.stat().st_size
     except OSError as error:
         raise InvalidAdapterError(f"{path.name}: {error.strerror}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise InvalidAdapterError(f"{path.name} is not a safetensors file") from None
     if not isinstance(header, dict):
         raise InvalidAdapterError(f"{path.name} is not a safetensors file")

@@ -182,6 +182,12 @@ class Fleet:
             if adopted := worker.slots.adopt(adapter):
                 self._index(worker, adopted)
 
+    def disown(self, worker: Worker, adapter: AdapterRef) -> None:
+        """The worker said that it does not hold an adapter that the ledger has as resident."""
+        slot = worker.slots.get(adapter)
+        if slot is not None and worker.slots.disown(slot):
+            self._unindex(worker, slot)
+
     # The indexes.
 
     def _index(self, worker: Worker, slot: Slot) -> None:

@@ -86,14 +86,19 @@ class LoadFault(StrEnum):
     """Whose fault a failed load is. It decides the answer, and whether another worker may help."""
 
     ADAPTER_MISSING = "adapter_missing"
+    ADAPTER_CHANGED = "adapter_changed"
     ADAPTER_INVALID = "adapter_invalid"
     STORE_UNAVAILABLE = "store_unavailable"
     WORKER = "worker"
 
 
 class LoadError(Exception):
-    """An adapter did not become resident. The message is fit for the client to read."""
+    """An adapter did not become resident. The message is fit for the client to read.
 
-    def __init__(self, fault: LoadFault, message: str) -> None:
+    `worker` is where it was to be loaded, once that is known.
+    """
+
+    def __init__(self, fault: LoadFault, message: str, worker: str | None = None) -> None:
         super().__init__(message)
         self.fault = fault
+        self.worker = worker

@@ -165,6 +165,18 @@ class SlotCache:
         self._idle[adapter] = slot
         return slot
 
+    def disown(self, slot: Slot) -> bool:
+        """The worker refused a request for the adapter: it is not there, in use or not.
+
+        True if a slot was dropped; its users hold on to an object that counts no longer.
+        """
+        if slot.phase is not Phase.RESIDENT:
+            return False
+        slot.move(Phase.COLD)
+        del self._slots[slot.adapter]
+        self._idle.pop(slot.adapter, None)
+        return True
+
     def forget(self, slot: Slot) -> bool:
         """The worker says that it lost the adapter. True if an idle slot was dropped for it.
 

@@ -17,7 +17,7 @@ from typing import Final, Self
 
 from router.core.admission import AdmissionQueue, Waiter
 from router.core.fleet import Fleet, Report, Worker
-from router.core.job import AdapterUse, Job, LoadError, LoadFault, Outcome, Rejected
+from router.core.job import AdapterRef, AdapterUse, Job, LoadError, LoadFault, Outcome, Rejected
 from router.core.placement import Decision, Policy
 from router.core.ports import Loader, NoObserver, Observer
 from router.core.residency import Phase, Slot
@@ -85,7 +85,7 @@ class Lease:
         if slot is not None and slot.phase is not Phase.RESIDENT:
             started = router.loop.time()
             try:
-                await router._resident(slot)  # noqa: SLF001
+                await router._resident(grant)  # noqa: SLF001
             except BaseException:
                 router._release(grant)  # noqa: SLF001
                 raise
@@ -190,6 +190,11 @@ class Router:
     def observe(self, worker: Worker, report: Report) -> None:
         """Take in what a worker says of itself."""
         self.fleet.observe(worker, report)
+        self._drain(worker)
+
+    def disown(self, worker: Worker, adapter: AdapterRef) -> None:
+        """The worker answered that it has no such adapter: the next job for it loads it again."""
+        self.fleet.disown(worker, adapter)
         self._drain(worker)
 
     def close(self) -> None:
@@ -365,12 +370,14 @@ class Router:
         # A slot may have fallen idle, or be free again.
         self._drain(worker)
 
-    async def _resident(self, slot: Slot) -> None:
+    async def _resident(self, grant: Grant) -> None:
         """Wait until the load that is under way has ended; raise what it raised."""
+        slot = grant.slot
+        assert slot is not None
         if slot.phase is Phase.LOADING:
             waiter: asyncio.Future[None] = self.loop.create_future()
             slot.waiters.append(waiter)
             await waiter
         if slot.error is not None:
             # A new exception for each who waited: a shared one would gather all their tracebacks.
-            raise LoadError(slot.error.fault, str(slot.error))
+            raise LoadError(slot.error.fault, str(slot.error), grant.worker.id)

@@ -27,11 +27,13 @@ from router.frontend.auth import Keys
 from router.frontend.errors import ApiError, load_failed, model_not_found, rejected
 from router.frontend.head import BYTES_PER_TOKEN, Head, parse_head
 from router.frontend.relay import (
+    AdapterNotThereError,
     AnswerCutError,
     WorkerFailedError,
     WorkerStalledError,
     forwarded_headers,
     relay,
+    upstream_path,
 )
 from router.model import ModelService
 from router.telemetry.metrics import Metrics
@@ -100,12 +102,10 @@ class Frontend:
             "X-Adapter": AdapterUse.NONE.value,
         }
         try:
-            if request.path not in OPEN_PATHS and not self._keys.accept(
-                request.headers.get("Authorization")
-            ):
+            if request.path not in OPEN_PATHS and not self._keys.accept(request.headers):
                 raise ApiError(
                     401,
-                    "No or wrong API key; send `Authorization: Bearer KEY`.",
+                    "No or wrong API key; send `Authorization: Bearer KEY`, or `x-api-key: KEY`.",
                     code="invalid_api_key",
                 )
             response = await handler(request)
@@ -119,6 +119,10 @@ class Frontend:
             response = ApiError(error.status, message).response()
             if "Allow" in error.headers:
                 response.headers["Allow"] = error.headers["Allow"]
+        except Exception:
+            log.exception("%s: a fault of the router", request_id)
+            message = "The router failed; its log has this request's id."
+            response = ApiError(500, message, kind="server_error").response()
         if not response.prepared:
             response.headers.update(stamps)
         return response
@@ -188,17 +192,20 @@ class Frontend:
         return model, adapter
 
     async def _pass_on(self, request: web.Request) -> web.StreamResponse:
-        path = request.match_info["path"]
-        if path in NOT_PASSED_ON:
+        if request.match_info["path"] in NOT_PASSED_ON:
             raise ApiError(
                 404, "Adapters are loaded when they are asked for; put new ones into the store."
             )
-        body = await request.read()
+        url = request.rel_url
+        path = upstream_path(url.raw_path.removeprefix("/v1/"), url.raw_query_string)
+        if path is None:
+            raise ApiError(404, f"No route {url.path}.")
+        body = await self._read(request)
         head = parse_head(body)
         model, adapter = await self._resolve(head.model)
         self._in_flight += 1
         self._idle.clear()
-        exchange = Exchange(self, request, body, head, model, adapter)
+        exchange = Exchange(self, request, body, head, model, adapter, path)
         try:
             return await exchange.run()
         finally:
@@ -206,6 +213,16 @@ class Frontend:
             if not self._in_flight:
                 self._idle.set()
             self._metrics.ended(model.model_id, exchange.outcome)
+
+    async def _read(self, request: web.Request) -> bytes:
+        """The whole body, which may pause for as long as an answer may."""
+        try:
+            async with asyncio.timeout(self._config.idle_timeout_s):
+                return await request.read()
+        except TimeoutError:
+            raise ApiError(408, "The body did not come to its end in time.") from None
+        except web.RequestPayloadError as error:
+            raise ApiError(400, f"The body cannot be read: {error}.") from None
 
     @property
     def config(self) -> RouterConfig:
@@ -229,10 +246,12 @@ class Exchange:
         head: Head,
         model: ModelService,
         adapter: AdapterRef | None,
+        path: str,
     ) -> None:
         self._frontend = frontend
         self._request = request
         self._body = body
+        self._path = path
         self._model = model
         self._loop = asyncio.get_running_loop()
         self._arrived = self._loop.time()
@@ -246,8 +265,8 @@ class Exchange:
 
     async def run(self) -> web.StreamResponse:
         """Answer the client. Raises `ApiError` where that is the answer."""
-        retries = self._frontend.config.max_retries
-        while True:
+        for left in range(self._frontend.config.max_retries, -1, -1):
+            self.outcome = Outcome.CLIENT_GONE
             try:
                 async with self._model.router.lease(self._job) as lease:
                     return await self._relay(lease)
@@ -256,18 +275,36 @@ class Exchange:
                 raise rejected(error) from None
             except LoadError as error:
                 self.outcome = Outcome.LOAD_FAILED
-                if error.fault is not LoadFault.WORKER or retries <= 0:
+                if not left or not await self._may_load_again(error):
                     raise load_failed(error) from None
             except WorkerStalledError as error:
                 self.outcome = Outcome.WORKER_STALLED
-                raise self._worker_error(504, error) from None
-            except WorkerFailedError as error:
+                if not left:
+                    raise self._worker_error(504, error) from None
+            except (WorkerFailedError, AdapterNotThereError) as error:
                 self.outcome = Outcome.WORKER_FAILED
-                if retries <= 0:
+                if not left:
                     raise self._worker_error(502, error) from None
-            retries -= 1
             self._frontend.metrics.retries.labels(self._model.model_id).inc()
-            self.outcome = Outcome.CLIENT_GONE
+        raise AssertionError("the last try ends by an answer or an error")
+
+    async def _may_load_again(self, error: LoadError) -> bool:
+        """Whether the load is worth another try; the job is changed so that it is another one."""
+        if error.fault is LoadFault.WORKER:
+            if error.worker is not None:
+                self._job.avoid = (*self._job.avoid, error.worker)
+            return True
+        if error.fault not in {LoadFault.ADAPTER_CHANGED, LoadFault.ADAPTER_MISSING}:
+            return False
+        assert self._job.adapter is not None
+        try:
+            adapter = await self._model.find(self._job.adapter.name, afresh=True)
+        except StoreError:
+            return False
+        if adapter is None:
+            raise model_not_found(self._job.adapter.model_id) from None
+        self._job.adapter = adapter
+        return True
 
     def _worker_error(self, status: int, error: Exception) -> ApiError:
         worker = self._request["stamps"]["X-Worker"]
@@ -295,17 +332,28 @@ class Exchange:
         def on_first_byte() -> None:
             metrics.first_byte_s.labels(name).observe(self._loop.time() - self._arrived)
 
+        adapter = self._job.adapter
         try:
+            if adapter is not None:
+                await client.activate(adapter)
             response = await relay(
                 self._request,
                 self._body,
                 client,
-                headers=forwarded_headers(self._request.headers, self._job.id),
+                self._path,
+                headers=forwarded_headers(
+                    self._request.headers, self._job.id, adapter.version if adapter else ""
+                ),
                 stamps=stamps,
                 first_byte_timeout_s=config.first_byte_timeout_s,
                 idle_timeout_s=config.idle_timeout_s,
                 on_first_byte=on_first_byte,
             )
+        except AdapterNotThereError:
+            assert adapter is not None
+            log.warning("%s does not hold %s, which it should", worker_id, adapter.model_id)
+            self._model.router.disown(lease.worker, adapter)
+            raise AdapterNotThereError("it has lost the adapter") from None
         except AnswerCutError as error:
             self.outcome = Outcome.CLIENT_GONE if error.client_gone else Outcome.WORKER_FAILED
             log.warning("%s: answer of %s was cut off: %s", self._job.id, worker_id, error)

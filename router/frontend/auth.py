@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import os
+from collections.abc import Mapping
 
 
 class Keys:
@@ -19,13 +20,18 @@ class Keys:
     def __bool__(self) -> bool:
         return bool(self._digests)
 
-    def accept(self, authorization: str | None) -> bool:
-        """Whether an `Authorization` header carries one of the keys, or none is needed."""
+    def accept(self, headers: Mapping[str, str]) -> bool:
+        """Whether the headers carry one of the keys, or none is needed.
+
+        `Authorization: Bearer KEY`, as OpenAI's clients send it, or `x-api-key: KEY`, as Anthropic's.
+        """
         if not self._digests:
             return True
-        scheme, _, key = (authorization or "").partition(" ")
+        scheme, _, key = headers.get("Authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            key = headers.get("x-api-key", "")
         given = hashlib.sha256(key.strip().encode("utf-8", errors="surrogateescape")).digest()
         found = False
         for digest in self._digests:
             found |= hmac.compare_digest(digest, given)
-        return found and scheme.lower() == "bearer"
+        return found

@@ -4,7 +4,7 @@ The JSON is read once, whole, and only these fields become objects; everything e
 Of a key that stands twice the last one counts, here and in vLLM, so both see the same model.
 """
 
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 
@@ -15,19 +15,24 @@ MODEL_MAX: Final = 512
 
 
 class Head(msgspec.Struct):
-    """The fields of an OpenAI request that matter here."""
+    """The fields of an OpenAI request that matter here.
+
+    Only the model's id is checked. What the lengths may be is the engine's to say: vLLM takes "8" for
+    8, and refuses in its own words what it does not take.
+    """
 
     model: Annotated[str, msgspec.Meta(max_length=MODEL_MAX)] | None = None
-    stream: bool | None = False
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    max_output_tokens: int | None = None
+    max_tokens: Any = None
+    max_completion_tokens: Any = None
+    max_output_tokens: Any = None
 
     @property
     def output_tokens(self) -> int:
         """The most tokens that the client wants, 0 where it does not say."""
-        asked = self.max_completion_tokens or self.max_tokens or self.max_output_tokens or 0
-        return max(0, asked)
+        for asked in (self.max_completion_tokens, self.max_tokens, self.max_output_tokens):
+            if isinstance(asked, int) and asked > 0:
+                return asked
+        return 0
 
 
 _decode = msgspec.json.Decoder(Head).decode
@@ -43,6 +48,8 @@ def parse_head(body: bytes) -> Head:
         if not field:
             raise ApiError(400, 'The body must be a JSON object, such as {"model": ...}.') from None
         raise ApiError(400, f"`{field}`: {what}.", param=field, code="invalid_value") from None
+    except RecursionError:
+        raise ApiError(400, "The body is nested too deeply.", code="invalid_json") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ApiError(
             400, f"The body is not valid JSON ({error}); send a JSON object.", code="invalid_json"

@@ -5,16 +5,23 @@ answer is the worker's, and a failure cuts it off, so that no client takes half 
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
 import aiohttp
 from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
+from yarl import URL
 
+from engine_worker.protocol import VERSION_HEADER
 from router.workers.client import WorkerClient, describe
 
 WHOLE_MAX_BYTES: Final = 256 * 1024
+SEGMENT: Final = re.compile(r"[A-Za-z0-9_.-]+")
+NOT_FOUND: Final = 404
+# Not an answer to this request, but a worker that cannot serve or does not know its router.
+WORKERS_FAULT: Final = frozenset({401, 403, 502, 503})
 # Of this connection alone (RFC 9110, 7.6.1), or rewritten on the way.
 HOP_BY_HOP: Final = frozenset(
     {
@@ -25,8 +32,8 @@ HOP_BY_HOP: Final = frozenset(
 # The client's key and cookies are for us, the worker's token is its client's own; the body was read
 # whole and unpacked, so its length and encoding are new.
 NOT_FORWARDED: Final = HOP_BY_HOP | {
-    "host", "authorization", "cookie", "content-length", "content-encoding", "accept-encoding",
-    "x-request-id",
+    "host", "authorization", "x-api-key", "api-key", "cookie", "content-length",
+    "content-encoding", "accept-encoding", "x-request-id", VERSION_HEADER.lower(),
 }  # fmt: skip
 NOT_RETURNED: Final = HOP_BY_HOP | {"date", "server", "x-request-id", "content-length"}
 
@@ -47,19 +54,42 @@ class AnswerCutError(Exception):
         self.client_gone = client_gone
 
 
-def forwarded_headers(headers: CIMultiDictProxy[str], request_id: str) -> CIMultiDict[str]:
-    """What a worker gets of a client's headers."""
+class AdapterNotThereError(Exception):
+    """The worker does not hold the adapter that it was thought to; nothing was sent to the client."""
+
+
+def forwarded_headers(
+    headers: CIMultiDictProxy[str], request_id: str, version: str
+) -> CIMultiDict[str]:
+    """What a worker gets of a client's headers, and which adapter version is meant."""
+    named = {name.strip().lower() for name in headers.get("Connection", "").split(",")}
+    dropped = NOT_FORWARDED | named
     forwarded = CIMultiDict(
-        (name, value) for name, value in headers.items() if name.lower() not in NOT_FORWARDED
+        (name, value) for name, value in headers.items() if name.lower() not in dropped
     )
     forwarded["X-Request-Id"] = request_id
+    if version:
+        forwarded[VERSION_HEADER] = version
     return forwarded
+
+
+def upstream_path(path: str, query: str) -> str | None:
+    """The path and query to ask a worker for, or None where no route can be meant.
+
+    A worker has routes that are not for clients, so nothing may be left that some later reader could
+    take for a step upwards: each segment is plain, and the whole goes on as it was checked.
+    """
+    segments = path.split("/")
+    if not all(SEGMENT.fullmatch(segment) and segment not in {".", ".."} for segment in segments):
+        return None
+    return f"/v1/{path}?{query}" if query else f"/v1/{path}"
 
 
 async def relay(
     request: web.Request,
     body: bytes,
     client: WorkerClient,
+    path: str,
     *,
     headers: CIMultiDict[str],
     stamps: Mapping[str, str],
@@ -69,24 +99,33 @@ async def relay(
 ) -> web.StreamResponse:
     """Send the body to a worker and its answer to the client, with our `stamps` as headers.
 
-    Raises `WorkerFailedError` or `WorkerStalledError` while nothing was sent, `AnswerCutError` after.
+    Raises `WorkerFailedError`, `WorkerStalledError` or `AdapterNotThereError` while nothing was sent,
+    `AnswerCutError` after.
     """
-    url = client.url + request.rel_url.raw_path_qs
+    url = URL(client.url + path, encoded=True)
     try:
         async with asyncio.timeout(first_byte_timeout_s):
-            upstream = await client.session.post(url, data=body, headers=headers)
+            upstream = await client.session.post(
+                url, data=body, headers=headers, allow_redirects=False
+            )
     except TimeoutError:
         raise WorkerStalledError(f"no answer within {first_byte_timeout_s:g} s") from None
     except (aiohttp.ClientError, OSError) as error:
         raise WorkerFailedError(describe(error)) from None
     async with upstream:
+        if upstream.status in WORKERS_FAULT:
+            raise WorkerFailedError(f"it answered {upstream.status}")
+        if upstream.status == NOT_FOUND and stamps["X-Adapter"] != "none":
+            raise AdapterNotThereError
         length = upstream.content_length
         whole: bytes | None = None
         if length is not None and length <= WHOLE_MAX_BYTES:
             try:
                 async with asyncio.timeout(idle_timeout_s):
                     whole = await upstream.read()
-            except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            except TimeoutError:
+                raise WorkerStalledError(f"no more of its answer in {idle_timeout_s:g} s") from None
+            except (aiohttp.ClientError, OSError) as error:
                 raise WorkerFailedError(describe(error)) from None
         on_first_byte()
         returned = CIMultiDict(
@@ -110,10 +149,8 @@ async def _stream(
     response: web.StreamResponse,
     idle_timeout_s: float,
 ) -> None:
-    try:
-        await response.prepare(request)
-    except (ConnectionError, aiohttp.ClientError) as error:
-        raise AnswerCutError(describe(error), client_gone=True) from None
+    """Bytes from the worker to the client, as they come; neither may pause for long."""
+    await _to_client(response.prepare(request), idle_timeout_s)
     content = upstream.content
     while True:
         try:
@@ -123,11 +160,14 @@ async def _stream(
             raise AnswerCutError(describe(error), client_gone=False) from None
         if not chunk:
             break
-        try:
-            await response.write(chunk)
-        except (ConnectionError, aiohttp.ClientError) as error:
-            raise AnswerCutError(describe(error), client_gone=True) from None
+        await _to_client(response.write(chunk), idle_timeout_s)
+    await _to_client(response.write_eof(), idle_timeout_s)
+
+
+async def _to_client(sending: Awaitable[object], idle_timeout_s: float) -> None:
+    """Send; a client that takes nothing for so long is gone, and its place is another's."""
     try:
-        await response.write_eof()
-    except (ConnectionError, aiohttp.ClientError) as error:
+        async with asyncio.timeout(idle_timeout_s):
+            await sending
+    except (aiohttp.ClientError, OSError, TimeoutError) as error:
         raise AnswerCutError(describe(error), client_gone=True) from None

@@ -26,7 +26,7 @@ from engine_worker.protocol import (
     State,
     WireError,
 )
-from router.core.job import LoadError, LoadFault
+from router.core.job import AdapterRef, LoadError, LoadFault
 
 CONNECT_TIMEOUT_S: Final = 5.0
 CONTROL_TIMEOUT_S: Final = 10.0
@@ -57,6 +57,9 @@ class WorkerClient(Protocol):
 
     async def load(self, adapter: AdapterId, path: Path, evict: AdapterId | None) -> int:
         """Make an adapter resident, then drop `evict`; the state's number. Raises `LoadError`."""
+
+    async def activate(self, adapter: AdapterRef) -> None:
+        """Make sure that a request now gets this version of its adapter. Raises `LoadError`."""
 
     def states(self) -> AsyncIterator[State]:
         """Follow the worker's state for as long as it lives. Raises `WorkerUnreachableError`."""
@@ -155,6 +158,9 @@ class EngineWorkerClient:
             return msgspec.json.decode(body, type=LoadReply).seq
         raise refusal(status, body, self._worker_id)
 
+    async def activate(self, adapter: AdapterRef) -> None:
+        """Nothing to do: each request names its version."""
+
     async def states(self) -> AsyncIterator[State]:
         """Read the pushed stream; silence for `STATE_TIMEOUT_S` is an end of it."""
         decode = msgspec.json.Decoder(State).decode
@@ -185,7 +191,9 @@ class StockVllmClient:
     """A stock vLLM server, its adapters managed over vLLM's own routes.
 
     It says nothing of what is resident, so the router's own ledger is all there is; and it reads the
-    adapter's folder itself, so the router's cache must be on a file system that both see.
+    adapter's folder itself, so the router's cache must be on a file system that both see. It knows an
+    adapter by its name alone: of two versions it serves the one that was loaded last, and a request
+    for the other one loads that again first.
     """
 
     def __init__(self, session: aiohttp.ClientSession, url: str, worker_id: str) -> None:
@@ -193,12 +201,37 @@ class StockVllmClient:
         self.url = url
         self._worker_id = worker_id
         self._loads = 0
+        self._paths: dict[AdapterId, Path] = {}
+        self._served: dict[str, AdapterId] = {}
+        self._changing = asyncio.Lock()
 
     async def load(self, adapter: AdapterId, path: Path, evict: AdapterId | None) -> int:
-        """Load, in place of what may be there under that name, then unload the evicted."""
-        body = {"lora_name": adapter.name, "lora_path": str(path), "load_inplace": True}
-        url = f"{self.url}/v1/load_lora_adapter"
-        status, answer = await post(self.session, url, msgspec.json.encode(body), self._worker_id)
+        """Load, instead of what may be there under that name, then unload the evicted."""
+        async with self._changing:
+            await self._serve(adapter, path)
+            self._loads += 1
+            if evict is not None:
+                self._paths.pop(evict, None)
+                if self._served.get(evict.name) == evict:
+                    del self._served[evict.name]
+                    await self._unload(evict.name)
+            return self._loads
+
+    async def activate(self, adapter: AdapterRef) -> None:
+        """Load the version again if another one has taken its name since."""
+        wanted = AdapterId(adapter.model_id, adapter.version)
+        if self._served.get(wanted.name) == wanted or wanted not in self._paths:
+            return
+        async with self._changing:
+            if self._served.get(wanted.name) != wanted:
+                await self._serve(wanted, self._paths[wanted])
+
+    async def _serve(self, adapter: AdapterId, path: Path) -> None:
+        # Never in place: vLLM then reads the weights again at every step (0.32).
+        status, answer = await self._post_load(adapter, path)
+        if status == BAD_REQUEST and b"already been loaded" in answer:
+            await self._unload(adapter.name)
+            status, answer = await self._post_load(adapter, path)
         if status == NOT_FOUND and b"Not Found" in answer:
             raise LoadError(
                 LoadFault.WORKER,
@@ -207,13 +240,19 @@ class StockVllmClient:
             )
         if status != OK:
             raise refusal(status, answer, self._worker_id)
-        self._loads += 1
-        if evict is not None and evict.name != adapter.name:
-            url = f"{self.url}/v1/unload_lora_adapter"
-            body = {"lora_name": evict.name}
-            # A 404 is as good: it is not there.
-            await post(self.session, url, msgspec.json.encode(body), self._worker_id)
-        return self._loads
+        self._paths[adapter] = path
+        self._served[adapter.name] = adapter
+
+    async def _post_load(self, adapter: AdapterId, path: Path) -> tuple[int, bytes]:
+        body = {"lora_name": adapter.name, "lora_path": str(path)}
+        url = f"{self.url}/v1/load_lora_adapter"
+        return await post(self.session, url, msgspec.json.encode(body), self._worker_id)
+
+    async def _unload(self, name: str) -> None:
+        # A 404 is as good: it is not there.
+        url = f"{self.url}/v1/unload_lora_adapter"
+        body = msgspec.json.encode({"lora_name": name})
+        await post(self.session, url, body, self._worker_id)
 
     async def states(self) -> AsyncIterator[State]:
         """Nothing is pushed: read its metrics from time to time.

@@ -7,13 +7,17 @@ a wrong setting should be read, not retried.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+from urllib.parse import quote
 
 from engine_worker.protocol import TOKEN_ENV, AdapterId, State
 from router.adapters.cache import AdapterCache
@@ -38,6 +42,8 @@ log = logging.getLogger("lorayard.workers")
 BACKOFF_MIN_S: Final = 0.5
 BACKOFF_MAX_S: Final = 30.0
 PROGRESS_S: Final = 10.0
+SILENT_MAX_S: Final = 30.0
+SOCKET_PATH_MAX: Final = 100  # the kernel's limit is 108 bytes, 104 elsewhere
 
 
 class WorkerPool:
@@ -79,7 +85,7 @@ class WorkerPool:
         loop = asyncio.get_running_loop()
         attached = self._llm.engine == "attached"
         if not attached:
-            self._folder = tempfile.TemporaryDirectory(prefix="lorayard-")
+            self._folder = _socket_folder()
         count = len(self._llm.attach) if attached else self._llm.replicas
         for number in range(count):
             worker_id = f"{self._llm.model_id}-{number}"
@@ -89,17 +95,37 @@ class WorkerPool:
                 life = self._live_attached(worker_id, self._llm.attach[number], first)
             else:
                 life = self._live_launched(worker_id, first)
-            self._tasks.append(loop.create_task(life, name=f"worker {worker_id}"))
+            task = loop.create_task(life, name=f"worker {worker_id}")
+            task.add_done_callback(partial(self._life_ended, first))
+            self._tasks.append(task)
+
+    def _life_ended(self, first: "asyncio.Future[None]", task: "asyncio.Task[None]") -> None:
+        """A life ends by `stop` alone; anything else is a fault, and must be heard."""
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        log.error("%s: given up: %s: %s", task.get_name(), type(error).__name__, error)
+        if not first.done():
+            first.set_exception(error)
 
     async def started(self) -> None:
         """Return when every worker has served once. Raises `WorkerStartError`."""
         await asyncio.gather(*self._first_start)
 
-    async def stop(self) -> None:
-        """End all workers that were launched here, letting them finish, and leave the attached."""
+    async def stop(self, hurry: asyncio.Event) -> None:
+        """End all workers that were launched here, and leave the attached.
+
+        They may finish what runs, unless they were not ready yet, or until `hurry` is set.
+        """
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        ended = asyncio.gather(*self._tasks, return_exceptions=True)
+        hurried = asyncio.ensure_future(hurry.wait())
+        ends: tuple[asyncio.Future[Any], ...] = (ended, hurried)
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        hurried.cancel()
+        for process in self._processes.values():
+            process.kill()
+        await ended
         for first in self._first_start:
             first.cancel()
         if self._folder is not None:
@@ -118,7 +144,7 @@ class WorkerPool:
         stored = self._catalog.get(adapter.name)
         if stored is None or stored.version != adapter.version:
             raise LoadError(
-                LoadFault.STORE_UNAVAILABLE,
+                LoadFault.ADAPTER_CHANGED,
                 f"adapter {adapter.name} changed in the store while it was asked for; ask again",
             )
         folder = await self._cache.folder_of(stored)
@@ -131,28 +157,37 @@ class WorkerPool:
         backoff_s = BACKOFF_MIN_S
         while True:
             token = secrets.token_urlsafe(24)
-            process = await WorkerProcess.launch(
-                self._llm,
-                worker_id,
-                folder=Path(self._folder.name),
-                log_file=self._log_dir / f"{worker_id.replace('/', '-')}.log",
-                token=token,
-                drain_timeout_s=self._config.drain_timeout_s,
-            )
-            self._processes[worker_id] = process
+            process: WorkerProcess | None = None
+            ready = False
             try:
+                process = await WorkerProcess.launch(
+                    self._llm,
+                    worker_id,
+                    folder=Path(self._folder.name),
+                    log_file=self._log_dir / f"{quote(worker_id, safe='')}.log",
+                    token=token,
+                    drain_timeout_s=self._config.drain_timeout_s,
+                    withheld=frozenset({self._config.api_keys_env, "VLLM_API_KEY"}),
+                )
+                self._processes[worker_id] = process
                 log.info("%s: starting (log: %s)", worker_id, process.log_file)
                 await self._boot(process, worker_id)
+                ready = True
                 session, url = open_session(process.address, token)
                 client = EngineWorkerClient(session, url, worker_id)
                 backoff_s = BACKOFF_MIN_S
                 await self._serve_until_gone(worker_id, client, first, process)
             except asyncio.CancelledError:
-                await process.stop(self._config.drain_timeout_s)
+                if process is not None:
+                    # Nothing runs on one that was not ready, and vLLM is deaf while it boots.
+                    await process.stop(
+                        self._config.drain_timeout_s if ready else 0.0, kill=not ready
+                    )
                 raise
             except Exception as error:  # noqa: BLE001  (told at the first start, logged after)
-                process.kill()
-                await process.wait()
+                if process is not None:
+                    process.kill()
+                    await process.wait()
                 if not first.done():
                     first.set_exception(error)
                     return
@@ -208,6 +243,8 @@ class WorkerPool:
                 await self._serve_until_gone(worker_id, client, first, None)
             except WorkerUnreachableError as error:
                 log.warning("%s: %s; trying again in %.1f s", worker_id, error, backoff_s)
+            except Exception:
+                log.exception("%s: trying again in %.1f s", worker_id, backoff_s)
             finally:
                 await session.close()
             await asyncio.sleep(backoff_s)
@@ -265,15 +302,31 @@ class WorkerPool:
     async def _follow(
         self, worker: Worker, client: WorkerClient, router: Router, process: WorkerProcess | None
     ) -> None:
-        """Take the worker's states to the router; a broken stream of a live process is opened again."""
+        """Take the worker's states to the router.
+
+        While a launched worker is silent it gets no new requests, and one that stays silent is ended.
+        """
+        loop = asyncio.get_running_loop()
+        silent_since: float | None = None
         while True:
             try:
                 async for state in client.states():
+                    if silent_since is not None:
+                        silent_since = None
+                        log.info("%s: speaks again", worker.id)
+                        router.set_accepting(worker, accepting=True)
                     router.observe(worker, self._report(state))
             except WorkerUnreachableError as error:
                 if process is None:
                     raise
-                log.warning("%s: %s", worker.id, error)
+                if silent_since is None:
+                    silent_since = loop.time()
+                    log.warning("%s: %s; it gets nothing new meanwhile", worker.id, error)
+                    router.set_accepting(worker, accepting=False)
+                elif loop.time() - silent_since > SILENT_MAX_S:
+                    raise WorkerUnreachableError(
+                        f"{worker.id} was silent for {SILENT_MAX_S:g} s"
+                    ) from None
                 await asyncio.sleep(BACKOFF_MIN_S)
 
     def _report(self, state: State) -> Report:
@@ -289,6 +342,29 @@ class WorkerPool:
     def _ref(self, adapter: AdapterId) -> AdapterRef:
         name = adapter.name.removeprefix(f"{self._llm.model_id}:")
         return AdapterRef(self._llm.model_id, name, adapter.version)
+
+
+def _socket_folder() -> "tempfile.TemporaryDirectory[str]":
+    """A folder of this process's own; those that killed routers left are removed."""
+    base = Path(tempfile.gettempdir())
+    if len(str(base)) > SOCKET_PATH_MAX // 2:
+        base = Path("/tmp")  # noqa: S108  (the folder in it is this user's alone)
+    for left in base.glob("lorayard-*-*"):
+        with contextlib.suppress(OSError, ValueError):
+            owner = int(left.name.split("-")[1])
+            if left.stat().st_uid == os.getuid() and not _runs(owner):
+                shutil.rmtree(left, ignore_errors=True)
+    return tempfile.TemporaryDirectory(prefix=f"lorayard-{os.getpid()}-", dir=base)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _wire(adapter: AdapterRef) -> AdapterId:

@@ -54,9 +54,13 @@ class WorkerProcess:
         log_file: Path,
         token: str,
         drain_timeout_s: float,
+        withheld: frozenset[str],
     ) -> "WorkerProcess":
-        """Start it; `folder` is this run's own, for the socket."""
-        socket = folder / f"{worker_id.replace('/', '-')[-40:]}.sock"
+        """Start it; `folder` is this run's own, for the socket.
+
+        `withheld` are environment variables that are not its business. Raises `OSError`.
+        """
+        socket = folder / f"{worker_id.replace('/', '-')[-32:]}.sock"
         command = [
             *(sys.executable, "-m", "engine_worker"),
             *("--engine", llm.engine, "--exit-with-stdin", "--uds", str(socket)),
@@ -67,13 +71,16 @@ class WorkerProcess:
         if llm.calibration:
             command += ["--calibration", llm.calibration]
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        with log_file.open("ab") as log:
+        if log_file.exists():  # one start a file, and the one before
+            log_file.replace(log_file.with_suffix(".log.1"))
+        kept = {name: value for name, value in os.environ.items() if name not in withheld}
+        with log_file.open("wb") as log:
             process = await asyncio.create_subprocess_exec(
                 *command,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, TOKEN_ENV: token, "PYTHONUNBUFFERED": "1"},
+                env={**kept, TOKEN_ENV: token, "PYTHONUNBUFFERED": "1"},
                 start_new_session=True,  # a Ctrl-C in the terminal is the router's to handle
             )
         return cls(process, worker_id, socket, log_file, token)
@@ -107,9 +114,11 @@ class WorkerProcess:
         """Return its exit status when it has ended."""
         return await self._process.wait()
 
-    async def stop(self, timeout_s: float) -> None:
+    async def stop(self, timeout_s: float, *, kill: bool = False) -> None:
         """Let it finish what runs, for `timeout_s` at most; then end it, and its engine, at once."""
-        if self._process.returncode is None:
+        if kill:
+            self.kill()
+        elif self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.terminate()
             try:

@@ -88,7 +88,7 @@ async def test_a_passing_failure_is_tried_again(store: Store, tmp_path: Path) ->
 
 FINAL: list[tuple[list[Exception], LoadFault, str, int]] = [
     ([StoreError("down")] * 3, LoadFault.STORE_UNAVAILABLE, "adapter a: down, after 3 tries", 3),
-    ([AdapterGoneError("a is gone")], LoadFault.ADAPTER_MISSING, "a is gone", 1),
+    ([AdapterGoneError("a is gone")], LoadFault.ADAPTER_CHANGED, "a is gone", 1),
 ]
 
 
@@ -116,6 +116,16 @@ async def test_an_unsound_adapter_is_refused_at_once(store: Store, tmp_path: Pat
     assert error.value.fault is LoadFault.ADAPTER_INVALID
     assert store.fetched == 1
     assert in_place(tmp_path) == []
+
+
+async def test_what_is_on_disk_is_checked_by_the_rules_that_hold_now(
+    store: Store, tmp_path: Path
+) -> None:
+    await cache_of(store, tmp_path).folder_of(found(store))
+    stricter = AdapterRules(("tiny",), rank_max=4)
+    later = AdapterCache(store, tmp_path / "cache", stricter, timeout_s=5, max_tries=1)
+    with pytest.raises(LoadError, match="its rank is 8, but max_lora_rank is 4"):
+        await later.folder_of(found(store))
 
 
 async def test_a_transfer_that_hangs_is_given_up(store: Store, tmp_path: Path) -> None:

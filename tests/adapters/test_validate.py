@@ -23,7 +23,10 @@ RULES = AdapterRules(("org/tiny", "tiny"), rank_max=16, modules=MODULES)
 CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"peft_type": "IA3"}, "peft_type is 'IA3'; only LORA is served"),
     ({"r": 0}, "r is 0; it must be a whole number above 0"),
-    ({"r": "8"}, "r is '8'; it must be a whole number"),
+    ({"r": "8"}, "r: Expected `int`, got `str`"),
+    ({"r": None}, "r: Expected `int`, got `null`"),
+    ({"rank_pattern": [1]}, "rank_pattern: Expected `object | null`, got `array`"),
+    ({"rank_pattern": {"q_proj": 2.5}}, "rank_pattern[...]: Expected `int`, got `float`"),
     ({"r": 32}, "its rank is 32, but max_lora_rank is 16"),
     ({"rank_pattern": {"q_proj": 64}}, "its rank is 64, but max_lora_rank is 16"),
     (
@@ -68,11 +71,11 @@ def test_weights_that_are_not_sound(tmp_path: Path, data: bytes, message: str) -
     assert str(error.value).startswith(f"adapter x: {message}")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "\0"])
-def test_a_config_that_is_no_json_object(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("text", ["", "[]", "{", "\0", "[" * 100_000, "{}"])
+def test_a_config_that_is_none(tmp_path: Path, text: str) -> None:
     write_adapter(tmp_path)
     (tmp_path / "adapter_config.json").write_text(text)
-    with pytest.raises(InvalidAdapterError, match=r"adapter_config\.json is not"):
+    with pytest.raises(InvalidAdapterError, match=r"adapter x: adapter_config\.json"):
         check_files("x", tmp_path, RULES)
 
 
