@@ -118,6 +118,8 @@ class Fleet:
 
     def set_accepting(self, worker: Worker, *, accepting: bool) -> None:
         """Stop or resume new jobs for a worker; what runs there is untouched."""
+        if self._workers.get(worker.id) is not worker:
+            return  # it has left; a late word of it must not bring it back
         worker.accepting = accepting
         self._settle(worker)
 
@@ -166,13 +168,13 @@ class Fleet:
         victim = slot.victim
         worker.slots.fail_load(slot, slot.error)
         self._unindex(worker, slot)
-        if victim is not None and worker.id in self._workers:
+        if victim is not None and self._workers.get(worker.id) is worker:
             self._index(worker, victim)
 
     def observe(self, worker: Worker, report: Report) -> None:
         """Take in a worker's report; its word on adapters counts unless a load has overtaken it."""
         worker.report = report
-        if report.seq < worker.seq_floor:
+        if self._workers.get(worker.id) is not worker or report.seq < worker.seq_floor:
             return
         held = dict.fromkeys((*report.gpu, *report.host))
         for slot in tuple(worker.slots):
@@ -194,9 +196,11 @@ class Fleet:
         self._holders.setdefault(slot.adapter, {})[worker.id] = worker
 
     def _unindex(self, worker: Worker, slot: Slot) -> None:
-        if (held := self._holders.get(slot.adapter)) is None:
+        held = self._holders.get(slot.adapter)
+        # By identity: a worker that is started again has the id of the one that is gone.
+        if held is None or held.get(worker.id) is not worker:
             return
-        held.pop(worker.id, None)
+        del held[worker.id]
         if not held:
             del self._holders[slot.adapter]
 

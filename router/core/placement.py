@@ -67,8 +67,7 @@ def with_room(fleet: Fleet, job: Job, rng: Random) -> Worker | None:
 
 def nobody(fleet: Fleet, adapter: AdapterRef | None) -> Reason:
     """Why no worker can take a job now."""
-    if fleet.ready:
-        assert adapter is not None
+    if fleet.ready and adapter is not None:
         return Reason.NO_SLOT
     if any(worker.accepting for worker in fleet):
         return Reason.ALL_OVERLOADED

@@ -36,12 +36,13 @@ NEXT: Final[dict[Phase, frozenset[Phase]]] = {
 class Slot:
     """One adapter's place on one worker, from the first job that needs it to its eviction."""
 
-    __slots__ = ("adapter", "error", "phase", "users", "victim", "waiters")
+    __slots__ = ("adapter", "error", "idle_since", "phase", "users", "victim", "waiters")
 
     def __init__(self, adapter: AdapterRef) -> None:
         self.adapter = adapter
         self.phase = Phase.COLD
         self.users = 0
+        self.idle_since = 0  # a count of the cache's own, not a time
         self.victim: Slot | None = None
         self.error: LoadError | None = None
         self.waiters: list[asyncio.Future[None]] = []
@@ -62,13 +63,14 @@ class Slot:
 class SlotCache:
     """The slots of one worker. `capacity` is `max_num_adapters_per_replica`, 0 for no adapters."""
 
-    __slots__ = ("_evicting", "_idle", "_slots", "capacity")
+    __slots__ = ("_evicting", "_idle", "_idled", "_slots", "capacity")
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._slots: dict[AdapterRef, Slot] = {}
         # Resident and unused, in the order in which they fell idle: the first is the victim.
         self._idle: dict[AdapterRef, Slot] = {}
+        self._idled = 0
         self._evicting = 0
 
     def __iter__(self) -> Iterator[Slot]:
@@ -110,8 +112,13 @@ class SlotCache:
         slot.users -= 1
         if slot.users or slot.phase is not Phase.RESIDENT:
             return False
-        self._idle[slot.adapter] = slot
+        self._fall_idle(slot)
         return True
+
+    def _fall_idle(self, slot: Slot) -> None:
+        self._idled += 1
+        slot.idle_since = self._idled
+        self._idle[slot.adapter] = slot
 
     def begin_load(self, adapter: AdapterRef) -> Slot:
         """Promise a slot to a cold adapter, a free one or else the least recently used idle one's.
@@ -140,7 +147,7 @@ class SlotCache:
             del self._slots[victim.adapter]
         slot.move(Phase.RESIDENT)
         if not slot.users:
-            self._idle[slot.adapter] = slot
+            self._fall_idle(slot)
         return victim
 
     def fail_load(self, slot: Slot, error: LoadError) -> None:
@@ -152,8 +159,10 @@ class SlotCache:
         if victim is not None:
             victim.move(Phase.RESIDENT)
             self._evicting -= 1
-            # It was the least recently used when it was chosen, and nothing has used it since.
-            self._idle = {victim.adapter: victim, **self._idle}
+            # Back to its place in the order: nothing has used it since it was chosen.
+            idle = [victim, *self._idle.values()]
+            idle.sort(key=lambda slot: slot.idle_since)
+            self._idle = {slot.adapter: slot for slot in idle}
 
     def adopt(self, adapter: AdapterRef) -> Slot | None:
         """The worker says that it holds the adapter: believe it if there is a slot for it."""
@@ -162,7 +171,7 @@ class SlotCache:
         slot = Slot(adapter)
         slot.move(Phase.RESIDENT)
         self._slots[adapter] = slot
-        self._idle[adapter] = slot
+        self._fall_idle(slot)
         return slot
 
     def disown(self, slot: Slot) -> bool:

@@ -239,15 +239,15 @@ class Router:
         now = self.loop.time()
         until = now + self.queue_timeout_s
         if job.deadline is not None:
-            until = min(until, job.deadline)
+            until = max(now, min(until, job.deadline))
         granted: asyncio.Future[Grant] = self.loop.create_future()
         waiter = Waiter(job, granted)
         queue.join(waiter)
         timer = self.loop.call_at(until, self._expire, waiter, until - now)
         try:
             return await granted
-        except asyncio.CancelledError:
-            queue.leave(waiter)
+        except BaseException:
+            self._leave(waiter)
             if granted.done() and not granted.cancelled() and granted.exception() is None:
                 # Granted and cancelled in the same step: nobody else will give it back.
                 self._release(granted.result())
@@ -258,10 +258,18 @@ class Router:
     def _expire(self, waiter: Waiter[Grant], waited_s: float) -> None:
         if waiter.granted.done():
             return
-        retry_after_s = self.retry_after_s
-        self._queue.leave(waiter)
         message = f"no capacity: waited {waited_s:.3g} s for a worker"
-        waiter.granted.set_exception(Rejected(Outcome.QUEUE_TIMEOUT, message, retry_after_s))
+        rejection = Rejected(Outcome.QUEUE_TIMEOUT, message, self.retry_after_s)
+        waiter.granted.set_exception(rejection)
+        self._leave(waiter)
+
+    def _leave(self, waiter: Waiter[Grant]) -> None:
+        """Somebody gave up; who was held behind that one alone may go now."""
+        queue = self._queue
+        freed = queue.held() and queue.oldest is waiter
+        queue.leave(waiter)
+        if freed:
+            self._serve_all()
 
     def _shutting_down(self) -> Rejected:
         return Rejected(Outcome.SHUTTING_DOWN, "the router is shutting down", 1.0)
@@ -275,19 +283,26 @@ class Router:
         queue = self._queue
         if not queue:
             return
-        if not queue.held():
+        if queue.held():
+            self._serve_all()
+        else:
             self._serve(worker)
-            return
-        while queue.held():
-            oldest = queue.oldest
-            grant = self._try_grant(oldest.job) if self.fleet.ready else None
-            if grant is None:
+
+    def _serve_all(self) -> None:
+        """Serve the whole queue, oldest first, for as long as there is room and nobody holds it."""
+        for waiter in tuple(self._queue):
+            if not self.fleet.ready:
                 return
-            queue.served(oldest, grant)
-        for other in tuple(self.fleet.ready):
-            self._serve(other)
+            if waiter.granted.done():
+                continue
+            grant = self._try_grant(waiter.job)
+            if grant is not None:
+                self._queue.served(waiter, grant)
+            elif self._queue.held():
+                return
 
     def _serve(self, worker: Worker) -> None:
+        """Serve those whom this worker has the adapter or a slot for, oldest first."""
         queue = self._queue
         refused: dict[int, None] = {}
         while worker.ready_index >= 0 and queue and not queue.held():
@@ -329,12 +344,14 @@ class Router:
         self._drain(grant.worker)
 
     def _measure_rate(self) -> None:
+        now = self.loop.time()
+        if not self._released:  # a window begins when something happens, not in the silence before
+            self._rate_since = now
         self._released += 1
-        if self._released >= RATE_WINDOW:
-            now = self.loop.time()
+        if self._released > RATE_WINDOW:
             if now > self._rate_since:
-                self._rate_per_s = self._released / (now - self._rate_since)
-            self._released, self._rate_since = 0, now
+                self._rate_per_s = (self._released - 1) / (now - self._rate_since)
+            self._released = 0
 
     # Residency.
 
@@ -350,7 +367,10 @@ class Router:
     ) -> None:
         error: LoadError | None
         if task.cancelled():
-            error = LoadError(LoadFault.WORKER, f"worker {worker.id} went away during the load")
+            reason = (
+                "the router is shutting down" if self._closed else f"worker {worker.id} is gone"
+            )
+            error = LoadError(LoadFault.WORKER, f"{reason}: the load of {slot.adapter.name} ended")
         elif (failure := task.exception()) is None:
             error = None
         elif isinstance(failure, LoadError):

@@ -54,6 +54,17 @@ def test_a_failed_load_leaves_the_order_of_eviction_as_it_was() -> None:
     assert not cache.can_serve(ref("w")), "every slot is promised"
 
 
+def test_two_failed_loads_keep_the_order_too() -> None:
+    cache = SlotCache(3)
+    loaded(cache, "a", "b", "c")
+    first, second = cache.begin_load(ref("x")), cache.begin_load(ref("y"))
+    for slot in (first, second):
+        cache.fail_load(slot, LoadError(LoadFault.WORKER, "no"))
+    slot = cache.begin_load(ref("z"))
+    assert slot.victim is not None
+    assert slot.victim.adapter == ref("a")
+
+
 def test_what_a_worker_says_it_holds_fills_free_slots_only() -> None:
     cache = SlotCache(1)
     assert cache.adopt(ref("a")) is not None

@@ -135,6 +135,69 @@ def test_a_hot_adapter_cannot_starve_a_cold_one() -> None:
     simulate(main())
 
 
+@pytest.mark.parametrize("how", ["cancelled", "timed out"])
+def test_who_is_held_behind_one_that_gives_up_goes_on(how: str) -> None:
+    async def main() -> None:
+        cluster = Cluster(workers=1, slots=1, max_overtakes=2, queue_timeout_s=1000)
+        loop = asyncio.get_running_loop()
+        await cluster.use("a")
+        holding = cluster.start(cluster.use("a", hold_s=500))
+        await settle()
+        deadline = loop.time() + 20 if how == "timed out" else None
+        cold = cluster.start(cluster.use("b", deadline=deadline))
+        await settle()
+        for _ in range(2):
+            await cluster.use("a")
+        behind = [cluster.start(cluster.use("a")) for _ in range(3)]
+        await settle()
+        assert cluster.router.queued == 4, "held"
+        if how == "cancelled":
+            cold.cancel()
+        await asyncio.wait(behind, timeout=30)
+        assert all(task.done() for task in behind)
+        await asyncio.gather(cold, return_exceptions=True)
+        await holding
+        cluster.assert_at_rest()
+
+    simulate(main())
+
+
+def test_a_late_word_of_a_worker_that_left_changes_nothing() -> None:
+    async def main() -> None:
+        cluster = Cluster(workers=1, slots=2)
+        [old] = cluster.workers
+        loading = cluster.start(cluster.use("a"))
+        await settle()
+        cluster.router.remove_worker(old)
+        fresh = Worker(old.id, max_ongoing=4, slots=2)
+        cluster.router.add_worker(fresh)
+        cluster.router.set_accepting(old, accepting=True)
+        cluster.router.observe(old, Report(seq=9, gpu=(ref("ghost"),)))
+        assert old not in cluster.router.fleet.ready
+        assert cluster.router.fleet.holders(ref("ghost")) == ()
+        cluster.router.observe(fresh, Report(seq=9, gpu=(ref("a"),)))
+        await asyncio.gather(loading, return_exceptions=True)
+        assert cluster.router.fleet.holders(ref("a")) == (fresh,)
+
+    simulate(main())
+
+
+def test_an_adapter_that_a_worker_disowns_is_loaded_again() -> None:
+    async def main() -> None:
+        cluster = Cluster(workers=1, slots=1)
+        await cluster.use("a")
+        holding = cluster.start(cluster.use("a", hold_s=5))
+        await settle()
+        cluster.router.disown(cluster.workers[0], ref("a"))
+        assert cluster.router.fleet.holders(ref("a")) == ()
+        await cluster.use("a")
+        assert len(cluster.loader.calls) == 2
+        await holding
+        cluster.assert_at_rest()
+
+    simulate(main())
+
+
 def test_the_queue_is_bounded_and_its_timeout_is_kept() -> None:
     async def main() -> None:
         cluster = Cluster(workers=1, max_ongoing=1, max_queued=2, queue_timeout_s=5)
@@ -209,11 +272,15 @@ def test_cancelling_releases_everything(when: str) -> None:
             task.cancel()
             holding = cluster.start(cluster.use("a"))
         else:
-            holding = cluster.start(cluster.use("a", hold_s=1))
-            await settle()
+            holding = cluster.start(cluster.use("a"))
+            await holding
+            [worker] = cluster.workers
+            cluster.router.set_accepting(worker, accepting=False)
             task = cluster.start(cluster.use("a"))
             await settle()
-            holding.add_done_callback(lambda _: task.cancel())
+            cluster.router.set_accepting(worker, accepting=True)
+            assert (cluster.router.queued, worker.in_flight) == (0, 1), "granted, not yet resumed"
+            task.cancel()
         await asyncio.gather(task, holding, return_exceptions=True)
         assert task.cancelled()
         await asyncio.sleep(5)
@@ -313,6 +380,16 @@ def test_a_retry_avoids_the_worker_that_failed_unless_it_is_the_only_one() -> No
     simulate(main())
 
 
+@pytest.mark.parametrize("policy", ["affinity", "round_robin"])
+def test_a_retry_on_the_only_worker_goes_there_again(policy: str) -> None:
+    async def main() -> None:
+        cluster = Cluster(workers=1, policy=policy)
+        for adapter in ("a", None):
+            assert await cluster.use(adapter, avoid=("w0",)) == "w0"
+
+    simulate(main())
+
+
 def test_the_retry_after_follows_the_drain_rate() -> None:
     async def main() -> None:
         cluster = Cluster(workers=1, max_ongoing=1, max_queued=100, queue_timeout_s=1000)
@@ -322,6 +399,9 @@ def test_the_retry_after_follows_the_drain_rate() -> None:
         expected = (cluster.router.queued + 1) * 0.5
         assert cluster.router.retry_after_s == pytest.approx(expected, rel=0.1)
         await asyncio.gather(*tasks)
+        await asyncio.sleep(8 * 3600)
+        await cluster.use(None)
+        assert cluster.router.retry_after_s == 1, "the silence is not counted"
 
     simulate(main())
 

@@ -7,16 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from deployment import alive, children, wait_until
+from deployment import alive, wait_until
 
 # The "engine": a main process that has started a process of its own, as vLLM does.
 ENGINE = """
-import subprocess, sys, time
+import os, subprocess, sys, time
 from engine_worker.lifeline import guard
 
 def engine():
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    print(child.pid, flush=True)
+    print(os.getpid(), child.pid, flush=True)
     {then}
     return 7
 
@@ -36,8 +36,7 @@ class Guarded:
             start_new_session=True,
         )
         assert self.process.stdout is not None
-        self.grandchild = int(self.process.stdout.readline())
-        [self.engine] = children(self.process.pid)
+        self.engine, self.grandchild = map(int, self.process.stdout.readline().split())
 
     def end(self) -> None:
         for pid in alive([self.process.pid, self.engine, self.grandchild]):
@@ -68,6 +67,18 @@ def test_whatever_is_killed_all_of_it_ends(what: str) -> None:
         expected = -signal.SIGKILL if what == "guardian" else 128 + signal.SIGKILL
         assert guarded.process.wait(5) == expected
     finally:
+        guarded.end()
+
+
+def test_a_stopped_guardian_does_not_keep_the_engine_when_the_router_goes() -> None:
+    guarded = Guarded()
+    try:
+        guarded.process.send_signal(signal.SIGSTOP)
+        assert guarded.process.stdin is not None
+        guarded.process.stdin.close()
+        assert_gone(guarded)
+    finally:
+        guarded.process.send_signal(signal.SIGCONT)
         guarded.end()
 
 
