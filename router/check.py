@@ -30,7 +30,7 @@ def check(config: Config, console: Console) -> int:
         _check_model(llm)
         scaling = llm.deployment_config
         console.print(
-            f"{llm.model_id}: engine {llm.engine}, {llm.replicas or len(llm.attach)} workers, "
+            f"{llm.model_id}: engine {llm.engine}, {llm.replicas} workers, "
             f"{scaling.max_ongoing_requests} requests each, {llm.slots} adapter slots each",
             highlight=False,
         )

@@ -6,7 +6,6 @@ Anything that is not known is an error: a misspelt key must not be a silent defa
 
 import difflib
 import re
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -17,7 +16,13 @@ from router.core.policies import POLICIES
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Natural = Annotated[int, msgspec.Meta(ge=0)]
-Seconds = Annotated[float, msgspec.Meta(gt=0)]
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
+NODES_MAX: Final = 100_000
+# Of vLLM's arguments, those that must be whole numbers and that the simulator reads too.
+ENGINE_INTEGERS: Final = (
+    "max_loras", "max_cpu_loras", "max_lora_rank", "max_num_seqs", "max_num_batched_tokens",
+    "max_model_len",
+)  # fmt: skip
 MODEL_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 
 
@@ -88,7 +93,9 @@ class LLMConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     @property
     def replicas(self) -> int:
-        """How many workers are started."""
+        """How many workers are started, or attached."""
+        if self.engine == "attached":
+            return len(self.attach)
         return self.deployment_config.autoscaling_config.min_replicas
 
     def engine_arguments(self) -> dict[str, Any]:
@@ -158,16 +165,23 @@ class _Lines:
 
     def _walk(self, node: yaml.Node, path: str) -> None:
         self._lines.setdefault(path, node.start_mark.line + 1)
+        if len(self._lines) > NODES_MAX:
+            raise self.error(f"more than {NODES_MAX:,} values; this is no router's configuration")
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
+                line = key.start_mark.line + 1
+                if key.tag == "tag:yaml.org,2002:merge":
+                    continue
+                if key.tag != "tag:yaml.org,2002:str":
+                    raise self.error(f"the key `{key.value}` is not text; quote it", line=line)
                 below = f"{path}.{key.value}"
                 if below in self._lines:
                     raise self.error(
                         f"`{key.value}` stands here twice (first on line {self._lines[below]}); "
                         "remove one",
-                        line=key.start_mark.line + 1,
+                        line=line,
                     )
-                self._lines[below] = key.start_mark.line + 1
+                self._lines[below] = line
                 self._walk(value, below)
         elif isinstance(node, yaml.SequenceNode):
             for index, value in enumerate(node.value):
@@ -175,12 +189,10 @@ class _Lines:
 
     def error(self, message: str, path: str = "$", line: int | None = None) -> ConfigError:
         """An error at a path, or at the nearest line above it that is known."""
-        while line is None:
-            line = self._lines.get(path)
-            path = re.sub(r"(\.[^.\[]*|\[\d+\])$", "", path) if path != "$" else "$"
-            if path == "$" and line is None:
-                line = self._lines["$"]
-        return ConfigError(f"{self.name}:{line}: {message}")
+        while line is None and path not in self._lines:
+            shorter = re.sub(r"(\.[^.\[]*|\[[^\]]*\])$", "", path)
+            path = shorter if shorter != path else "$"
+        return ConfigError(f"{self.name}:{line or self._lines[path]}: {message}")
 
 
 def load(path: Path) -> Config:
@@ -199,26 +211,37 @@ def load(path: Path) -> Config:
 
 def parse(text: str, *, name: str, folder: Path) -> Config:
     """Check a configuration text; relative folders in it are taken from `folder`."""
-    loader = yaml.SafeLoader(text)
+    root, data = _read_yaml(text, name)
     try:
-        root = loader.get_single_node()
-        data: Hashable = loader.construct_document(root) if root is not None else None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{name}:{line}: not valid YAML: {error.problem}") from None
-    finally:
-        loader.dispose()
-    if root is None:
-        raise ConfigError(f"{name}:1: the file is empty; it needs a list `llm_configs`")
-    lines = _Lines(name, root)
-    try:
+        lines = _Lines(name, root)
         config = msgspec.convert(data, Config)
     except msgspec.ValidationError as error:
         raise _explain(str(error), lines) from None
+    except RecursionError:
+        raise ConfigError(f"{name}:1: nested too deeply; this is no configuration") from None
     for index, llm in enumerate(config.llm_configs):
         _check(llm, f"$.llm_configs[{index}]", lines)
     _check_router(config, lines)
-    return _resolve(config, folder)
+    return _resolve(config, folder, lines)
+
+
+def _read_yaml(text: str, name: str) -> tuple[yaml.Node, Any]:
+    """The document's nodes, which know their lines, and its values."""
+    try:
+        # Twice, because merging keys (`<<`) changes the nodes as the values are made of them.
+        root = yaml.compose(text, yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{name}:{line}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError, AttributeError, OverflowError) as error:
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"{name}:1: not valid YAML: {what}") from None
+    except RecursionError:
+        raise ConfigError(f"{name}:1: nested too deeply; this is no configuration") from None
+    if root is None:
+        raise ConfigError(f"{name}:1: the file is empty; it needs a list `llm_configs`")
+    return root, data
 
 
 def _explain(message: str, lines: _Lines) -> ConfigError:
@@ -228,6 +251,9 @@ def _explain(message: str, lines: _Lines) -> ConfigError:
     unknown = re.match(r"Object contains unknown field `(.*)`", what)
     if unknown is None:
         what = re.sub(r"^Object missing required field `(.*)`$", r"`\1` is missing", what)
+        what = re.sub(r"^Expected `(.*?)`(.*), got `.*`$", _write_instead, what)
+        if key_enum := re.match(r"^Invalid enum value '?(.*?)'?$", what):
+            what = f"`{key_enum[1]}` is not one of vllm, emulated, attached"
         key = path.rpartition(".")[2]
         return lines.error(f"{key}: {what}" if path != "$" else what, path)
     word = unknown[1]
@@ -236,6 +262,20 @@ def _explain(message: str, lines: _Lines) -> ConfigError:
     close = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
     hint = f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(allowed)}"
     return lines.error(f"unknown key `{word}`; {hint}", f"{path}.{word}")
+
+
+def _write_instead(found: "re.Match[str]") -> str:
+    """Say msgspec's expectation as what to write."""
+    kinds = {
+        "object": "a mapping (`key: value` lines)",
+        "array": "a list",
+        "int": "a whole number",
+        "float": "a number",
+        "str": "text",
+        "bool": "true or false",
+    }
+    wanted = " or ".join(kinds.get(kind, "nothing") for kind in found[1].split(" | "))
+    return f"{found[0]}; write {wanted}"
 
 
 def _check(llm: LLMConfig, path: str, lines: _Lines) -> None:
@@ -265,7 +305,22 @@ def _check(llm: LLMConfig, path: str, lines: _Lines) -> None:
                 f"`{url}` is no address of a worker; write http://HOST:PORT or unix:/PATH",
                 f"{path}.attach[{index}]",
             )
+    _check_engine(llm, path, lines)
+
+
+def _shown(value: object) -> str:
+    """A value as it stands in the file, about."""
+    return msgspec.json.encode(value, enc_hook=str).decode()
+
+
+def _check_engine(llm: LLMConfig, path: str, lines: _Lines) -> None:
     kwargs, slots = llm.engine_kwargs, llm.slots
+    for name in ENGINE_INTEGERS:
+        if type(value := kwargs.get(name, 1)) is not int or value < 1:
+            raise lines.error(
+                f"{name} is {_shown(value)}; write a whole number above 0",
+                f"{path}.engine_kwargs.{name}",
+            )
     if llm.lora_config is None:
         if kwargs.get("enable_lora"):
             raise lines.error(
@@ -274,9 +329,10 @@ def _check(llm: LLMConfig, path: str, lines: _Lines) -> None:
                 f"{path}.engine_kwargs.enable_lora",
             )
         return
-    if kwargs.get("enable_lora") is False:
+    if kwargs.get("enable_lora", True) is not True:
         raise lines.error(
-            "enable_lora is false, but there is a `lora_config`; remove one of them",
+            f"enable_lora is {_shown(kwargs['enable_lora'])}, but there is a `lora_config`; "
+            "write true, or remove one of them",
             f"{path}.engine_kwargs.enable_lora",
         )
     if kwargs.get("max_loras", slots) != slots:
@@ -285,12 +341,15 @@ def _check(llm: LLMConfig, path: str, lines: _Lines) -> None:
             f"{slots}; write `max_loras: {slots}`, or leave it out",
             f"{path}.engine_kwargs.max_loras",
         )
-    scheme = re.match(r"^([a-z0-9]+)://", llm.lora_config.dynamic_lora_loading_path)
+    store = llm.lora_config.dynamic_lora_loading_path
+    where = f"{path}.lora_config.dynamic_lora_loading_path"
+    scheme = re.match(r"^([A-Za-z0-9]+):/", store)
     if scheme and scheme[1] != "s3":
         raise lines.error(
-            f"`{scheme[1]}://` is not supported yet; write s3://BUCKET/PREFIX or a folder",
-            f"{path}.lora_config.dynamic_lora_loading_path",
+            f"`{scheme[1]}://` is not supported yet; write s3://BUCKET/PREFIX or a folder", where
         )
+    if not store or (scheme and not re.match(r"^s3://[a-z0-9][a-z0-9.-]+(/.*)?$", store)):
+        raise lines.error(f"`{store}` names no store; write s3://BUCKET/PREFIX or a folder", where)
 
 
 def _check_router(config: Config, lines: _Lines) -> None:
@@ -309,8 +368,15 @@ def _check_router(config: Config, lines: _Lines) -> None:
         raise lines.error(f"no policy `{config.router.policy}`; {hint}", "$.router.policy")
 
 
-def _resolve(config: Config, folder: Path) -> Config:
+def _resolve(config: Config, folder: Path, lines: _Lines) -> Config:
     """Take relative folders from where the file is, so that it works from any directory."""
+    try:
+        return _resolved(config, folder)
+    except (ValueError, RuntimeError, OSError) as error:  # a NUL, a user that is not there
+        raise lines.error(f"a path cannot be used: {error}") from None
+
+
+def _resolved(config: Config, folder: Path) -> Config:
     models = []
     for llm in config.llm_configs:
         loading, lora = llm.model_loading_config, llm.lora_config
@@ -320,7 +386,14 @@ def _resolve(config: Config, folder: Path) -> Config:
         if lora and "://" not in lora.dynamic_lora_loading_path:
             path = str(_absolute(lora.dynamic_lora_loading_path, folder))
             lora = msgspec.structs.replace(lora, dynamic_lora_loading_path=path)
-        models.append(msgspec.structs.replace(llm, model_loading_config=loading, lora_config=lora))
+        calibration = llm.calibration
+        if calibration and calibration.endswith(".json"):
+            calibration = str(_absolute(calibration, folder))
+        models.append(
+            msgspec.structs.replace(
+                llm, model_loading_config=loading, lora_config=lora, calibration=calibration
+            )
+        )
     router = config.router
     for name in ("cache_dir", "log_dir"):
         if value := getattr(router, name):

@@ -88,6 +88,38 @@ BAD = [
         "llm_configs:\n  - model_loading_config: {}\n",
         "c.yaml:2: model_loading_config: `model_id` is missing",
     ),
+    (HEAD + "    engine: vlm\n", "c.yaml:3: engine: `vlm` is not one of vllm, emulated, attached"),
+    (
+        HEAD + "    lora_config: text\n",
+        "c.yaml:3: lora_config: Expected `object | null`, got `str`; write",
+    ),
+    (HEAD + "    engine_kwargs: {1: x}\n", "c.yaml:3: the key `1` is not text; quote it"),
+    (HEAD + "1: x\n", "c.yaml:3: the key `1` is not text; quote it"),
+    (
+        HEAD + LORA + "    engine_kwargs: {max_loras: '4'}\n",
+        'c.yaml:7: max_loras is "4"; write a whole',
+    ),
+    (
+        HEAD + LORA + "    engine_kwargs: {max_loras: true}\n",
+        "c.yaml:7: max_loras is true; write a",
+    ),
+    (HEAD + "    engine_kwargs: {max_num_seqs: 0}\n", "c.yaml:3: max_num_seqs is 0; write a whole"),
+    (
+        HEAD + "    lora_config: {dynamic_lora_loading_path: 's3://'}\n",
+        "c.yaml:3: `s3://` names no store",
+    ),
+    (
+        HEAD + "    lora_config: {dynamic_lora_loading_path: 'S3://b'}\n",
+        "c.yaml:3: `S3://` is not supp",
+    ),
+    (HEAD + "    lora_config: {dynamic_lora_loading_path: ''}\n", "c.yaml:3: `` names no store"),
+    (HEAD + 'router: {cache_dir: "a\\0b"}\n', "c.yaml:1: a path cannot be used: embedded null"),
+    (HEAD + "router: {cache_dir: ~nosuchuser/x}\n", "c.yaml:1: a path cannot be used: "),
+    (HEAD + "router: {queue_timeout_s: .inf}\n", "c.yaml:3: queue_timeout_s: Expected `float` <="),
+    ("a\x01b", "c.yaml:1: not valid YAML: "),
+    ("llm_configs: 2023-99-99\n", "c.yaml:1: not valid YAML: month must be in 1..12"),
+    ("llm_configs: &a [*a]\n", "c.yaml:1: nested too deeply"),
+    ("[" * 3000, "c.yaml:1: nested too deeply"),
     (
         "llm_configs:\n  - model_loading_config: {model_id: 'a:b'}\n",
         "c.yaml:2: model_id: `a:b` cannot be a model id",
@@ -101,6 +133,19 @@ def test_a_mistake_is_named_with_its_line(text: str, message: str) -> None:
         read(text)
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+def test_merge_keys_may_be_overridden() -> None:
+    text = """llm_configs:
+  - model_loading_config: {model_id: one}
+    deployment_config: &usual {max_ongoing_requests: 8, autoscaling_config: {max_replicas: 3}}
+  - model_loading_config: {model_id: two}
+    deployment_config:
+      <<: *usual
+      max_ongoing_requests: 9
+"""
+    two = read(text).llm_configs[1].deployment_config
+    assert (two.max_ongoing_requests, two.autoscaling_config.max_replicas) == (9, 3)
 
 
 def test_a_file_that_is_not_there_is_named() -> None:

@@ -188,9 +188,11 @@ class Router:
         self._drain(worker)
 
     def observe(self, worker: Worker, report: Report) -> None:
-        """Take in what a worker says of itself."""
+        """Take in what a worker says of itself.
+
+        Nobody who waits becomes placeable by it: what it adds had a free slot, what it drops was idle.
+        """
         self.fleet.observe(worker, report)
-        self._drain(worker)
 
     def disown(self, worker: Worker, adapter: AdapterRef) -> None:
         """The worker answered that it has no such adapter: the next job for it loads it again."""

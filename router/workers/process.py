@@ -27,6 +27,13 @@ class WorkerStartError(Exception):
     """A worker did not come up. The message ends with the last lines of its log."""
 
 
+def _make_room(log_file: Path) -> None:
+    """One start a file, and the one before it is kept."""
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    if log_file.exists():
+        log_file.replace(log_file.with_suffix(".log.1"))
+
+
 class WorkerProcess:
     """A launched worker, listening on a Unix socket that only this user can reach."""
 
@@ -70,9 +77,7 @@ class WorkerProcess:
         ]
         if llm.calibration:
             command += ["--calibration", llm.calibration]
-        log_file.parent.mkdir(parents=True, exist_ok=True)
-        if log_file.exists():  # one start a file, and the one before
-            log_file.replace(log_file.with_suffix(".log.1"))
+        _make_room(log_file)
         kept = {name: value for name, value in os.environ.items() if name not in withheld}
         with log_file.open("wb") as log:
             process = await asyncio.create_subprocess_exec(

@@ -12,14 +12,32 @@ from router.core.job import AdapterRef, Job, LoadError
 from router.core.placement import Decision
 from router.core.policies import POLICIES
 from router.core.router import Router
-from sim.loop import run
+from sim.loop import SimLoop, run
 
 T = TypeVar("T")
 
 
+class Watched(simpy.Environment):
+    """Calls `check` whenever all that was ready has run, before time moves on."""
+
+    check: Callable[[], None] = staticmethod(lambda: None)
+
+    def step(self) -> None:
+        self.check()
+        super().step()
+
+
 def simulate(main: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine on the simulator's loop."""
-    return run(simpy.Environment(), main)
+    return run(Watched(), main)
+
+
+def after_every_event(check: Callable[[], None]) -> None:
+    """Have `check` called after each event of the simulation that is running."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, SimLoop)
+    assert isinstance(loop.env, Watched)
+    loop.env.check = check
 
 
 def ref(name: str) -> AdapterRef:
@@ -33,12 +51,13 @@ class FakeLoader:
         self, load_s: float = 1.0, fails: Callable[[AdapterRef], LoadError | None] | None = None
     ) -> None:
         self.load_s = load_s
+        self.times: dict[str, float] = {}
         self.fails = fails or (lambda _: None)
         self.calls: list[tuple[str, str, str | None]] = []
 
     async def load(self, worker: Worker, adapter: AdapterRef, evict: AdapterRef | None) -> int:
         self.calls.append((worker.id, adapter.name, evict.name if evict else None))
-        await asyncio.sleep(self.load_s)
+        await asyncio.sleep(self.times.get(adapter.name, self.load_s))
         if error := self.fails(adapter):
             raise error
         return 0

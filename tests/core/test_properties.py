@@ -1,141 +1,192 @@
-"""What must hold at every step of any schedule that Hypothesis finds.
+"""What must hold after every event of any schedule that Hypothesis finds.
 
-A schedule is a list of jobs with their times, some of which are cancelled, over workers that come and
-go and loads that fail. After every event of the simulation the invariants are checked.
+A schedule is a list of jobs with their times, some of which are cancelled, have a deadline or avoid a
+worker; over workers that come, go, stop accepting and report; with loads that take long and that fail.
 """
 
 import asyncio
 from collections import Counter
+from random import Random
+from typing import NamedTuple
 
-from harness import Cluster, FakeLoader, simulate
+from harness import Cluster, FakeLoader, after_every_event, ref, simulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.core.fleet import Worker
+from router.core.fleet import Report, Worker
 from router.core.job import AdapterRef, LoadError, LoadFault, Rejected
+from router.core.policies import POLICIES
 from router.core.residency import Phase
 
+MAX_QUEUED = 8
+NAMES = ("a", "b", "c", "d", "e", "bad")
+
+
+class Planned(NamedTuple):
+    """One job of a schedule; times in seconds, `cancel` and `deadline` after it came."""
+
+    at: float
+    adapter: str | None
+    hold: float
+    cancel: float | None
+    deadline: float | None
+    avoid: tuple[str, ...]
+
+
+class Change(NamedTuple):
+    """Something that happens to one of the workers."""
+
+    at: float
+    worker: int
+    what: str
+
+
 JOBS = st.lists(
-    st.tuples(
-        st.floats(0, 20),  # when it comes
-        st.sampled_from([None, "a", "b", "c", "d", "e", "bad"]),
-        st.floats(0, 5),  # how long it runs
-        st.one_of(st.none(), st.floats(0, 8)),  # when it is cancelled, after it came
+    st.builds(
+        Planned,
+        at=st.floats(0, 20),
+        adapter=st.sampled_from([None, *NAMES]),
+        hold=st.floats(0, 5),
+        cancel=st.one_of(st.none(), st.floats(0, 8)),
+        deadline=st.one_of(st.none(), st.none(), st.floats(-1, 8)),
+        avoid=st.sampled_from([(), (), ("w0",), ("w0", "w1", "w2")]),
     ),
     max_size=60,
 )
-CHURN = st.lists(
-    st.tuples(st.floats(0, 20), st.integers(0, 2), st.sampled_from(["remove", "drain", "add"])),
+CHANGES = st.lists(
+    st.builds(
+        Change,
+        at=st.floats(0, 20),
+        worker=st.integers(0, 2),
+        what=st.sampled_from(["remove", "drain", "add", "lost all", "has b", "close"]),
+    ),
     max_size=6,
 )
 
 
-def check(cluster: Cluster, workers: list[Worker]) -> None:
+def check(cluster: Cluster, workers: list[Worker], policy: str) -> None:
     fleet = cluster.router.fleet
     for worker in workers:
         slots = list(worker.slots)
+        member = fleet.get(worker.id) is worker
         assert worker.slots.occupied <= worker.slots.capacity, "more adapters than slots"
         assert 0 <= worker.in_flight <= worker.max_ongoing, "over the threshold"
         assert sum(slot.users for slot in slots) <= worker.in_flight
         for slot in slots:
+            assert slot.users >= 0
             if slot.phase is Phase.EVICTING:
                 assert slot.users == 0, "evicting what is in use"
-            assert slot.users >= 0
-        in_ready = worker in fleet.ready
-        member = fleet.get(worker.id) is worker
-        assert in_ready == (member and worker.accepting and not worker.overloaded)
-        for slot in slots:
             held = worker in fleet.holders(slot.adapter)
             assert held == (member and slot.phase in {Phase.LOADING, Phase.RESIDENT})
-    assert cluster.router.queued <= 8
+        idle = [slot for slot in slots if slot.phase is Phase.RESIDENT and not slot.users]
+        assert worker.slots.idle == len(idle)
+        ready = member and worker.accepting and not worker.overloaded
+        assert (worker in fleet.ready) == ready
+    for name in NAMES:
+        for worker in fleet.holders(ref(name)):
+            assert worker.slots.get(ref(name)) is not None, "a holder that holds nothing"
+    queue = cluster.router._queue
+    assert len(queue) <= MAX_QUEUED
+    waiting = [queue.oldest] if queue.held() else list(queue)
+    for waiter in waiting:
+        decision = POLICIES[policy](waiter.job, fleet, Random(0))
+        assert decision.worker is None, (
+            f"{waiter.job.id} waits, and {decision.worker} could take it"
+        )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     jobs=JOBS,
-    churn=CHURN,
-    slots=st.integers(1, 3),
+    changes=CHANGES,
+    slots=st.integers(0, 3),
     max_ongoing=st.integers(1, 4),
     max_overtakes=st.integers(0, 5),
-    policy=st.sampled_from(["affinity", "round_robin"]),
+    load_s=st.sampled_from([0.0, 0.5, 4.0]),
+    policy=st.sampled_from(sorted(POLICIES)),
 )
-def test_invariants_hold_at_every_step(
-    jobs: list[tuple[float, str | None, float, float | None]],
-    churn: list[tuple[float, int, str]],
+def test_invariants_hold_after_every_event(
+    jobs: list[Planned],
+    changes: list[Change],
     slots: int,
     max_ongoing: int,
     max_overtakes: int,
+    load_s: float,
     policy: str,
 ) -> None:
     async def main() -> None:
         failure = LoadError(LoadFault.ADAPTER_INVALID, "bad")
-        loader = FakeLoader(0.5, fails=lambda a: failure if a.name == "bad" else None)
+        loader = FakeLoader(load_s, fails=lambda a: failure if a.name == "bad" else None)
+        loader.times["c"] = 1.5
         cluster = Cluster(
             3,
             slots=slots,
             max_ongoing=max_ongoing,
             loader=loader,
             policy=policy,
-            max_queued=8,
+            max_queued=MAX_QUEUED,
             queue_timeout_s=6,
             max_overtakes=max_overtakes,
         )
         everyone = list(cluster.workers)
         outcomes: Counter[str] = Counter()
-        in_use: Counter[tuple[str, AdapterRef]] = Counter()
+        after_every_event(lambda: check(cluster, everyone, policy))
+        loop = asyncio.get_running_loop()
 
-        async def one(at_s: float, adapter: str | None, hold_s: float) -> None:
-            await asyncio.sleep(at_s)
+        async def one(plan: Planned) -> None:
+            await asyncio.sleep(plan.at)
+            deadline = None if plan.deadline is None else loop.time() + plan.deadline
+            job = cluster.job(plan.adapter, deadline=deadline, avoid=plan.avoid)
             try:
-                async with cluster.router.lease(cluster.job(adapter)) as lease:
-                    check(cluster, everyone)
-                    if (wanted := lease.job.adapter) is not None:
-                        slot = lease.worker.slots.get(wanted)
-                        assert slot is not None
-                        assert slot.phase is Phase.RESIDENT, "a lease without its adapter"
-                        in_use[lease.worker.id, wanted] += 1
-                    await asyncio.sleep(hold_s)
-                    if wanted is not None:
-                        held = lease.worker.slots.get(wanted)
-                        assert held is not None
-                        assert held.phase is Phase.RESIDENT, "evicted while in use"
+                async with cluster.router.lease(job) as lease:
+                    assert_held(lease.worker, job.adapter)
+                    await asyncio.sleep(plan.hold)
                 outcomes["completed"] += 1
             except Rejected as error:
                 outcomes[error.outcome.value] += 1
             except LoadError:
                 outcomes["load_failed"] += 1
-            finally:
-                check(cluster, everyone)
 
-        async def change(at_s: float, number: int, what: str) -> None:
-            await asyncio.sleep(at_s)
-            worker = everyone[number]
+        def assert_held(worker: Worker, adapter: AdapterRef | None) -> None:
+            if adapter is not None:
+                slot = worker.slots.get(adapter)
+                assert slot is not None
+                assert slot.phase is Phase.RESIDENT, "a lease without its adapter"
+                assert slot.users >= 1
+
+        async def change(plan: Change) -> None:
+            await asyncio.sleep(plan.at)
+            worker = everyone[plan.worker]
             member = cluster.router.fleet.get(worker.id) is worker
-            if what == "remove" and member:
-                cluster.router.remove_worker(worker)
-            elif what == "drain" and member:
-                cluster.router.set_accepting(worker, accepting=not worker.accepting)
-            elif what == "add" and not member:
-                fresh = Worker(worker.id, max_ongoing=max_ongoing, slots=slots)
-                everyone.append(fresh)
-                everyone[number] = fresh
-                cluster.router.add_worker(fresh)
-            check(cluster, everyone)
+            match plan.what:
+                case "remove" if member:
+                    cluster.router.remove_worker(worker)
+                case "drain":
+                    cluster.router.set_accepting(worker, accepting=not worker.accepting)
+                case "add" if not member:
+                    fresh = Worker(worker.id, max_ongoing=max_ongoing, slots=slots)
+                    everyone.append(fresh)
+                    everyone[plan.worker] = fresh
+                    cluster.router.add_worker(fresh)
+                case "lost all":
+                    cluster.router.observe(worker, Report())
+                case "has b":
+                    cluster.router.observe(worker, Report(gpu=(ref("b"),)))
+                case "close" if plan.worker == 0 and plan.at > 15:
+                    cluster.router.close()
+                case _:
+                    pass
 
-        loop = asyncio.get_running_loop()
-        tasks = []
-        for at_s, adapter, hold_s, cancel_s in jobs:
-            task = loop.create_task(one(at_s, adapter, hold_s))
-            if cancel_s is not None:
-                loop.call_at(at_s + cancel_s, task.cancel)
-            tasks.append(task)
-        await asyncio.gather(*(change(*step) for step in churn))
+        tasks = [loop.create_task(one(plan)) for plan in jobs]
+        for task, plan in zip(tasks, jobs, strict=True):
+            if plan.cancel is not None:
+                loop.call_at(plan.at + plan.cancel, task.cancel)
+        await asyncio.gather(*(change(plan) for plan in changes))
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.sleep(1)
+        await asyncio.sleep(5)
         for task in tasks:
             if not task.cancelled():
                 assert task.exception() is None
-        check(cluster, everyone)
         ended = sum(outcomes.values())
         assert ended == sum(not task.cancelled() for task in tasks), "a job without an outcome"
         assert cluster.router.queued == 0
