@@ -126,7 +126,7 @@ class EmulatedAdapters:
         loop = asyncio.get_running_loop()
         loaded: asyncio.Future[None] = loop.create_future()
         self._pacer.catch_up()
-        event = self._engine.load(adapter)
+        event = self._engine.load(adapter, evict[0] if evict else None)
 
         def arrived(_: simpy.Event) -> None:
             if not loaded.done():
@@ -139,6 +139,7 @@ class EmulatedAdapters:
         self._weights[adapter] = digest
         for victim in evict:
             self._weights.pop(victim, None)
+        for victim in evict[1:]:
             self._engine.evict(victim)
 
     async def remove(self, adapter: AdapterId) -> None:

@@ -3,7 +3,7 @@
 import argparse
 import itertools
 import json
-import math
+import os
 import resource
 import sys
 import time
@@ -124,15 +124,17 @@ def main(argv: list[str] | None = None) -> int:
         errors.print("interrupted: nothing was written", style="red")
         return 130
     print_result(Console(), result)
+    if result["unfinished"]:
+        errors.print(f"error: {result['unfinished']} requests never ended", style="red")
+        return 1
     return 0
 
 
 def replay(arguments: argparse.Namespace, errors: Console) -> dict[str, Any]:
     """Run `replay` and write what was asked for. Raises one of `USER_ERRORS`."""
     config = _config(arguments)
-    for path in (arguments.json, arguments.report):
-        if path is not None and not path.parent.is_dir():
-            raise ConfigError(f"{path}: there is no folder {path.parent}; make it first")
+    for option, path in (("--json", arguments.json), ("--report", arguments.report)):
+        _check_writable(option, path)
     summary = scan(arguments.trace, limit=arguments.limit)
     rows = itertools.islice(read(arguments.trace), arguments.limit)
     options = Options(
@@ -155,10 +157,15 @@ def replay(arguments: argparse.Namespace, errors: Console) -> dict[str, Any]:
         task = progress.add_task(f"replaying {arguments.trace.name}", total=summary.requests)
         started = time.perf_counter()
         run = Replay(
-            config, rows, options, progress=lambda ended: progress.update(task, completed=ended)
+            config,
+            rows,
+            options,
+            models=summary.models,
+            progress=lambda ended: progress.update(task, completed=ended),
         )
         result = run.run()
         wall_s = time.perf_counter() - started
+    assert result["requests"] == summary.requests
     result["sim"] |= {
         "wall_s": wall_s,
         "requests_per_wall_s": summary.requests / wall_s,
@@ -177,43 +184,60 @@ def replay(arguments: argparse.Namespace, errors: Console) -> dict[str, Any]:
 _RSS_UNITS_PER_MIB = 2**20 if sys.platform == "darwin" else 2**10
 
 
+def _check_writable(option: str, path: Path | None) -> None:
+    """Find out before the run what would lose its result. Raises `ConfigError`."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ConfigError(f"{option}: {path} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option}: there is no folder {path.parent}; make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{option}: {path} cannot be written; name another file")
+
+
 def _config(arguments: argparse.Namespace) -> Config:
     return load(arguments.config or DEFAULT_CONFIG)
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
+def _whole(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number") from None
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text} is below {least}")
     return value
 
 
+def _positive(text: str) -> int:
+    return _whole(text, 1)
+
+
 def _natural(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return _whole(text, 0)
+
+
+def _number(text: str, least: float, most: float) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a number") from None
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"{text} is not between {least:g} and {most:g}")
     return value
 
 
 def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
+    return _number(text, 0, 1)
 
 
 def _not_negative(text: str) -> float:
-    value = float(text)
-    if not (value >= 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
-    return value
+    return _number(text, 0, 100)
 
 
 def _above_zero(text: str) -> float:
-    value = float(text)
-    if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return value
+    return _number(text, 1e-6, 1e6)
 
 
 if __name__ == "__main__":

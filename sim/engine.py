@@ -15,23 +15,25 @@ real clock (the emulated engine of `engine_worker`).
 import heapq
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Hashable
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 import simpy
 
 from sim.latency import LatencyModel
 
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+
 
 class EngineLimits(msgspec.Struct, frozen=True):
     """The engine arguments that the model knows, with vLLM's names and defaults."""
 
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 8192
-    max_loras: int = 1
-    max_cpu_loras: int = 0
-    max_lora_rank: int = 16
-    max_model_len: int = 131072
+    max_num_seqs: Positive = 256
+    max_num_batched_tokens: Positive = 8192
+    max_loras: Positive = 1
+    max_cpu_loras: Annotated[int, msgspec.Meta(ge=0)] = 0
+    max_lora_rank: Positive = 16
+    max_model_len: Positive = 131072
 
 
 class EngineRequest:
@@ -171,7 +173,7 @@ class SimEngine:
 
     def abort(self, request: EngineRequest) -> None:
         """The client is gone: free what the request holds. Harmless after its end."""
-        if request.finished is not None or request.aborted:
+        if request.done.triggered:
             return
         request.aborted = True
         if request in self._waiting:
@@ -377,7 +379,9 @@ class SimEngine:
         if load.evict is not None:
             self.gpu.pop(load.evict, None)
         while len(self.host) > self.host_slots:
-            oldest = next(adapter for adapter in self.host if adapter not in self.gpu)
+            oldest = next((adapter for adapter in self.host if adapter not in self.gpu), None)
+            if oldest is None:  # all of them are in slots, until an eviction that is on its way
+                break
             del self.host[oldest]
         load.done.succeed()
         self._changed()

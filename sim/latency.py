@@ -15,7 +15,7 @@ import difflib
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -27,14 +27,14 @@ class CalibrationError(Exception):
 class Coefficient(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One number and where it comes from: measured, derived by a formula, or assumed."""
 
-    value: float
+    value: Annotated[float, msgspec.Meta(ge=0)]
     source: str
 
 
 class LoadTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds to load an adapter from one tier, by rank."""
 
-    by_rank: dict[int, float]
+    by_rank: Annotated[dict[int, float], msgspec.Meta(min_length=1)]
     source: str
 
     def at(self, rank: int) -> float:
@@ -96,9 +96,13 @@ def read_calibration(name: str) -> Calibration:
             f"no calibration `{name}`; {hint} (or the path of a .json file)"
         ) from None
     try:
-        return msgspec.json.decode(data, type=Calibration)
-    except msgspec.DecodeError as error:
+        calibration = msgspec.json.decode(data, type=Calibration)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CalibrationError(f"{name}: not a calibration: {error}") from None
+    for field in ("step_base_s", "store_bytes_per_s", "kv_tokens"):
+        if getattr(calibration, field).value <= 0:
+            raise CalibrationError(f"{name}: {field}: the value must be above 0")
+    return calibration
 
 
 class LatencyModel:

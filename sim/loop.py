@@ -104,20 +104,24 @@ class SimLoop(asyncio.AbstractEventLoop):
     async def happens(self, event: simpy.Event) -> Any:  # noqa: ANN401  (a SimPy event's value is anything)
         """Wait for a SimPy event; return its value."""
         if event.processed:
-            return event.value
+            return _outcome(event)
         future = self.create_future()
 
         def happened(done: simpy.Event) -> None:
             if not future.done():
-                future.set_result(done.value)
+                future.set_result(None)
+                done.defused = True
 
         event.callbacks.append(happened)
-        return await future
+        await future
+        return _outcome(event)
 
     # Running.
 
     def run_until_complete(self, future: "Generator[Any, None, T] | Awaitable[T]") -> T:
         """Run until the future is done. Raises `RanDryError` where it never will be."""
+        if events._get_running_loop() is not None:  # noqa: SLF001
+            raise RuntimeError("a simulation cannot be run inside a running event loop")
         main: asyncio.Future[T] = asyncio.ensure_future(cast("Awaitable[T]", future), loop=self)
         ready, step, queue_is_empty = self._ready, self.env.step, self._nothing_scheduled
         events._set_running_loop(self)  # noqa: SLF001  (the one way to be the running loop)
@@ -175,12 +179,21 @@ def run(env: simpy.Environment, main: Coroutine[Any, Any, T]) -> T:
         return loop.run_until_complete(main)
     finally:
         left = asyncio.all_tasks(loop)
-        for task in sorted(left, key=lambda task: task.get_name()):
+        # In the order in which they were made: names are Task-1, Task-2, ..., Task-10.
+        for task in sorted(left, key=lambda task: (len(task.get_name()), task.get_name())):
             task.cancel()
         if left:
             gathered = _gather(left)
             loop.run_until_complete(gathered)
         loop.close()
+
+
+def _outcome(event: simpy.Event) -> Any:  # noqa: ANN401
+    """An event's value; a failed one's exception is raised."""
+    if event.ok:
+        return event.value
+    assert isinstance(event.value, BaseException)
+    raise event.value
 
 
 async def _gather(tasks: "set[asyncio.Task[Any]]") -> None:

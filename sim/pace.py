@@ -36,10 +36,12 @@ class Pacer:
 
     def _wake(self) -> None:
         self._timer = None
-        # A due event is not run by `run(until=...)` of exactly its own time.
-        while self.env.peek() <= self._loop.time() - self._origin:
-            self.env.step()
-        self.arm()
+        try:
+            # A due event is not run by `run(until=...)` of exactly its own time.
+            while self.env.peek() <= self._loop.time() - self._origin:
+                self.env.step()
+        finally:
+            self.arm()
 
     def close(self) -> None:
         """Stop waking."""

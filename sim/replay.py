@@ -7,6 +7,7 @@ order: two runs with the same inputs give the same one, on any machine.
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import Callable, Iterable
 from random import Random
 from typing import Any
@@ -28,6 +29,7 @@ from sim.traces import TraceRow
 from sim.workload import AdapterDraw
 
 PROGRESS_EVERY = 512
+log = logging.getLogger("lorayard.sim")
 
 
 class UnknownModelError(Exception):
@@ -60,17 +62,24 @@ class _WorkerTally(msgspec.Struct):
 class _Ledger:
     """The observer: a hash over every decision, and what each worker was asked for."""
 
-    def __init__(self, workers: Iterable[str]) -> None:
+    def __init__(self, loop: SimLoop, workers: Iterable[str]) -> None:
         self.hash = hashlib.blake2b(digest_size=16)
-        self.decisions = 0
+        self._loop = loop
         self.tally = {worker: _WorkerTally() for worker in workers}
+
+    def _now(self) -> str:
+        # Every bit of the time: it comes of additions and multiplications, alike on all machines.
+        return self._loop.time().hex()
+
+    def rejected(self, job: Job, outcome: Outcome) -> None:
+        self.hash.update(f"{self._now()} {job.id} {outcome}\n".encode())
 
     def decided(self, job: Job, decision: Decision, evicting: AdapterRef | None) -> None:
         worker = decision.worker
         assert worker is not None
-        self.decisions += 1
         self.hash.update(
-            f"{job.id} {worker.id} {decision.reason} {evicting.name if evicting else '-'}\n".encode()
+            f"{self._now()} {job.id} {worker.id} {decision.reason} "
+            f"{evicting.name if evicting else '-'}\n".encode()
         )
         tally = self.tally[worker.id]
         tally.requests += 1
@@ -88,7 +97,7 @@ class _Ledger:
             tally.cold_loads += 1
         else:
             tally.failed_loads += 1
-        self.hash.update(f"loaded {worker.id} {adapter.name} {error is None}\n".encode())
+        self.hash.update(f"{self._now()} {worker.id} {adapter.name} {error is None}\n".encode())
 
     def evicted(self, worker: Worker, adapter: AdapterRef) -> None:  # noqa: ARG002
         self.tally[worker.id].evictions += 1
@@ -101,7 +110,7 @@ class _Model:
         self.llm = llm
         count = options.workers or llm.replicas
         self.workers = SimWorkers(loop, llm, count)
-        self.ledger = _Ledger(self.workers.engines)
+        self.ledger = _Ledger(loop, self.workers.engines)
         self.router = Router(
             Fleet(llm.model_id),
             POLICIES[options.policy],
@@ -139,7 +148,10 @@ class _Model:
 
 
 class Replay:
-    """One run. `run` returns the result of the contract, less what only the caller can measure."""
+    """One run. `run` returns the result of the contract, less what only the caller can measure.
+
+    `models` are the ids that the rows ask for, where they are known: they are looked up first.
+    """
 
     def __init__(
         self,
@@ -147,8 +159,10 @@ class Replay:
         rows: Iterable[TraceRow],
         options: Options,
         *,
+        models: Iterable[str] = (),
         progress: Callable[[int], None] | None = None,
     ) -> None:
+        self._known_models = tuple(models)
         self._config = config
         self._rows = rows
         self._options = options
@@ -174,7 +188,8 @@ class Replay:
         try:
             loop.run_until_complete(self._replay(loop))
         except RanDryError:
-            pass  # who still waits is counted as unfinished
+            # Who still waits is counted as unfinished; the caller sees that there are some.
+            log.exception("requests wait for what will never happen")
         finally:
             loop.close()
         return self._result(float(env.now))
@@ -182,6 +197,8 @@ class Replay:
     async def _replay(self, loop: SimLoop) -> None:
         for llm in self._config.llm_configs:
             self._models[llm.model_id] = _Model(loop, llm, self._config, self._options)
+        for model_id in self._known_models:
+            self._find(model_id)
         tasks: set[asyncio.Task[None]] = set()
         speed = self._options.speed
         origin: float | None = None
@@ -227,7 +244,7 @@ class Replay:
             if len(self._models) > 1:
                 raise UnknownModelError(
                     f"the trace asks for `{model_id}`, but the configuration has only "
-                    f"{', '.join(sorted(self._models))}"
+                    f"{', '.join(sorted(self._models))}; add the model, or leave one model in it"
                 )
             model = next(iter(self._models.values()))
         if name and not model.llm.slots:
@@ -256,6 +273,7 @@ class Replay:
                     return
                 await loop.happens(request.done)
         except Rejected as rejected:
+            model.ledger.rejected(job, rejected.outcome)
             self.latencies.lost(rejected.outcome)
         except LoadError:
             self.latencies.lost(Outcome.LOAD_FAILED)

@@ -16,13 +16,13 @@ __all__ = ["TraceError", "TraceRow", "TraceSummary", "read", "scan"]
 
 
 class TraceSummary(msgspec.Struct, frozen=True):
-    """What a whole trace holds: counts, its span in seconds, the ids of its models."""
+    """What a whole trace holds: counts, its span in seconds, each model id's first request."""
 
     requests: int
     span_s: float
     input_tokens: int
     output_tokens: int
-    models: tuple[str, ...]
+    models: dict[str, int]
 
 
 def read(path: Path) -> Iterator[TraceRow]:
@@ -32,8 +32,11 @@ def read(path: Path) -> Iterator[TraceRow]:
     except OSError as error:
         raise TraceError(path, 0, f"{error.strerror}; name a .jsonl or .csv trace") from None
     with file:
-        start = file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n")
-        file.seek(0)
+        try:
+            start = file.read(65536).lstrip(b"\xef\xbb\xbf \t\r\n")
+            file.seek(0)
+        except OSError:
+            raise TraceError(path, 0, "cannot be read twice; write it to a file first") from None
         if not start:
             raise TraceError(path, 1, "the file is empty; a trace has a row for each request")
         if start.startswith(b"{"):
@@ -64,7 +67,7 @@ def scan(path: Path, *, limit: int | None = None) -> TraceSummary:
     """Read a trace to its end (or `limit` rows), checking every row. Raises `TraceError`."""
     requests = inputs = outputs = 0
     first_ms = last_ms = 0.0
-    models: dict[str, None] = {}
+    models: dict[str, int] = {}
     for row in read(path):
         if requests == 0:
             first_ms = row.timestamp
@@ -73,9 +76,9 @@ def scan(path: Path, *, limit: int | None = None) -> TraceSummary:
         inputs += row.input_length
         outputs += row.output_length
         if row.model is not None:
-            models[row.model] = None
+            models.setdefault(row.model, requests)
         if requests == limit:
             break
     if not requests:
         raise TraceError(path, 1, "no rows; a trace has a row for each request")
-    return TraceSummary(requests, (last_ms - first_ms) / 1000, inputs, outputs, tuple(models))
+    return TraceSummary(requests, (last_ms - first_ms) / 1000, inputs, outputs, models)

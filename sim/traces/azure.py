@@ -1,7 +1,8 @@
 """The Azure LLM inference traces of 2023 and 2024: CSV with a date, prompt and output tokens."""
 
+import re
 from collections.abc import Iterator
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -9,6 +10,8 @@ from sim.traces.row import TraceError, TraceRow
 
 HEADER: Final = "TIMESTAMP,ContextTokens,GeneratedTokens"
 FIELDS: Final = 3
+DIGITS_MAX: Final = 9
+SEVENTH_DIGIT: Final = re.compile(r"(\.\d{6})\d+")
 MICROSECOND: Final = timedelta(microseconds=1)
 
 
@@ -27,15 +30,16 @@ def rows(path: Path, file: BinaryIO) -> Iterator[tuple[int, TraceRow]]:
         if len(fields) != FIELDS:
             raise TraceError(path, number, f"{len(fields)} fields, expected {FIELDS}: {HEADER}")
         try:
-            # Seven digits of a second in 2023, a zone in 2024; datetime takes six and none.
-            at = datetime.fromisoformat(fields[0].removesuffix("+00:00")[:26])
-        except ValueError:
+            # Seven digits of a second in 2023, where datetime takes six; a zone in 2024.
+            at = datetime.fromisoformat(SEVENTH_DIGIT.sub(r"\1", fields[0]))
+            at = at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+        except (ValueError, OverflowError):
             raise TraceError(
                 path, number, f"TIMESTAMP `{fields[0]}` is no time such as 2023-11-16 18:15:46.68"
             ) from None
         lengths = []
         for name, value in zip(("ContextTokens", "GeneratedTokens"), fields[1:], strict=True):
-            if not value.strip().isdecimal():
+            if not value.strip().isdecimal() or len(value) > DIGITS_MAX:
                 raise TraceError(path, number, f"{name} `{value}` is no number of tokens")
             lengths.append(int(value))
         first = first or at

@@ -9,6 +9,10 @@ import msgspec
 
 from sim.traces.row import TraceError, TraceRow
 
+# The contract's model ids: base or base:adapter, and never `..`.
+MODEL = re.compile(
+    r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._/-]{0,127}(:[A-Za-z0-9][A-Za-z0-9._-]{0,127})?"
+)
 Length = Annotated[int, msgspec.Meta(ge=0, le=100_000_000)]
 
 
@@ -32,14 +36,15 @@ class _Line(msgspec.Struct):
 def rows(path: Path, file: BinaryIO) -> Iterator[tuple[int, TraceRow]]:
     """Yield each row with its line number. Empty lines are let be."""
     decode = msgspec.json.Decoder(_Line).decode
-    for number, text in enumerate(file, 1):
+    for number, raw in enumerate(file, 1):
+        text = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
         if not text.strip():
             continue
         try:
             line = decode(text)
         except msgspec.ValidationError as error:
             raise TraceError(path, number, _explain(str(error))) from None
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
             raise TraceError(
                 path,
                 number,
@@ -48,6 +53,12 @@ def rows(path: Path, file: BinaryIO) -> Iterator[tuple[int, TraceRow]]:
             ) from None
         session = None if line.session_id is None else str(line.session_id)
         model = line.extra.model if line.extra else None
+        if model is not None and not MODEL.fullmatch(model):
+            raise TraceError(
+                path,
+                number,
+                f"extra.model: `{model[:80]}` is no model id; write base or base:adapter",
+            )
         yield (
             number,
             TraceRow(
@@ -68,4 +79,5 @@ def _explain(message: str) -> str:
     if missing := re.match(r"Object missing required field `(.*)`", what):
         return f"`{missing[1]}` is missing; a row needs timestamp, input_length and output_length"
     field = where.strip("`").removeprefix("$.") or "row"
-    return f"{field}: {what}"
+    hint = "; write a whole number" if "Expected `int`" in what else ""
+    return f"{field}: {what}{hint}"

@@ -136,6 +136,9 @@ BAD = [
     (("{good}", "--adapters", "-1"), "-1 is below 0"),
     (("{good}", "--locality", "2"), "2 is not between 0 and 1"),
     (("{good}", "--policy", "none"), "invalid choice: 'none'"),
+    (("{good}", "--limit", "x"), "--limit: x is not a whole number"),
+    (("{good}", "--speed", "0"), "0 is not between 1e-06 and 1e+06"),
+    (("{good}", "--json", "{folder}"), "is a folder; name a file in it"),
 ]
 
 
@@ -148,7 +151,12 @@ def test_a_mistake_gets_one_clear_line(
     broken.write_text(good.read_text().splitlines()[0] + "\n{oops\n")
     config = tmp_path / "c.yaml"
     config.write_text("llm_configs:\n  - llm: {}\n")
-    names = {"{good}": str(good), "{broken}": str(broken), "{config}": str(config)}
+    names = {
+        "{folder}": str(tmp_path),
+        "{good}": str(good),
+        "{broken}": str(broken),
+        "{config}": str(config),
+    }
     done = sim("replay", *(names.get(argument, argument) for argument in arguments))
     assert done.returncode == 2
     assert message in done.stderr

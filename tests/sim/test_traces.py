@@ -33,6 +33,16 @@ BAD = [
     (AZURE + "yesterday,1,2\n", "trace:2: TIMESTAMP `yesterday` is no time"),
     (AZURE + "2023-11-16 18:15:46.6805900,many,2\n", "trace:2: ContextTokens `many` is no number"),
     (AZURE, "trace:1: no rows"),
+    (
+        GOOD + '{"timestamp": 1, "input_length": 1.5, "output_length": 1}\n',
+        "trace:2: input_length: Exp",
+    ),
+    (GOOD + '{"a": ' + "[" * 50_000 + "\n", "trace:2: not valid JSON"),
+    (
+        '{"timestamp": 0, "input_length": 1, "output_length": 1, "extra": {"model": "b:../x"}}\n',
+        "trace:1: extra.model: `b:../x` is no model id",
+    ),
+    (AZURE + "2023-11-16 18:15:46,1," + "9" * 5000 + "\n", "trace:2: GeneratedTokens `9"),
 ]
 
 
@@ -69,6 +79,16 @@ def test_azures_times_count_from_the_first_row(tmp_path: Path) -> None:
     assert (first.timestamp, first.input_length, first.output_length) == (0.0, 374, 44)
     assert second.timestamp == pytest.approx(4314.579)
     assert scan(path).requests == 2
+
+
+def test_a_byte_order_mark_and_zones_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD.encode())
+    assert scan(path).requests == 1
+    path.write_text(
+        AZURE + "2024-05-10 00:00:00.009930+00:00,1,2\n2024-05-10T02:00:01.0099301+02:00,1,2\n"
+    )
+    assert [row.timestamp for row in read(path)] == [0.0, 1000.0]
 
 
 def lru_hit_rate(names: list[str], slots: int) -> float:
