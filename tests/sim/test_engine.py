@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sim.engine import EngineLimits, EngineRequest, SimEngine
-from sim.latency import LatencyModel, LoadTimes, read_calibration, shipped
+from sim.latency import (
+    Calibration,
+    Coefficient,
+    LatencyModel,
+    LoadTimes,
+    read_calibration,
+    shipped,
+)
 
 LATENCY = LatencyModel(read_calibration("emulated"), slots=2, rank_max=8)
 
@@ -183,3 +190,108 @@ def test_every_shipped_calibration_says_where_each_number_comes_from(name: str) 
 def test_load_times_between_measured_ranks_are_on_the_line() -> None:
     times = LoadTimes({8: 1.0, 16: 2.0}, "made up for this test")
     assert [times.at(rank) for rank in (4, 8, 12, 16, 64)] == [1.0, 1.0, 1.5, 2.0, 2.0]
+
+
+# A latency model of round numbers, so that expectations are written out and not computed alike.
+def round_numbers(slots: int = 2) -> LatencyModel:
+    def of(value: float) -> Coefficient:
+        return Coefficient(value, "a round number for this test")
+
+    return LatencyModel(
+        Calibration(
+            name="round",
+            engine="none",
+            model="none",
+            machine="none",
+            date="2026-01-01",
+            step_base_s=of(1.0),
+            step_per_request_s=of(0.1),
+            prefill_per_token_s=of(0.01),
+            lora_factor=of(2.0),
+            lora_factor_per_adapter=of(0.5),
+            kv_tokens=of(1000),
+            kv_tokens_per_slot=of(10),
+            kv_tokens_per_slot_and_rank=of(5),
+            adapter_bytes_per_rank=of(100),
+            store_bytes_per_s=of(400),
+            store_latency_s=of(3),
+            load_host_s=LoadTimes({8: 0.25}, "a round number for this test"),
+            load_disk_s=LoadTimes({8: 4.0}, "a round number for this test"),
+        ),
+        slots=slots,
+        rank_max=8,
+    )
+
+
+def test_the_formulas_on_round_numbers() -> None:
+    model = round_numbers()
+    assert model.step_s(1, 0, 0) == pytest.approx(1.1)
+    assert model.step_s(10, 50, 0) == pytest.approx(1.0 + 1.0 + 0.5)
+    assert model.step_s(10, 50, 1) == pytest.approx(2.0 * 2.5 + 0.5)
+    assert model.step_s(10, 0, 2) == pytest.approx(2.0 * 3.0)
+    assert model.kv_tokens == 1000 - 2 * (10 + 5 * 8)
+    assert model.fetch_s == pytest.approx(3 + 100 * 8 / 400)
+
+
+def test_two_requests_on_round_numbers() -> None:
+    env = simpy.Environment()
+    model = SimEngine(env, round_numbers(), EngineLimits(max_loras=2))
+    first, second = request(env, 100, 3), request(env, 50, 2, "a")
+    model.submit(first)
+    env.run(until=1.0)
+    model.submit(second)
+    env.run()
+    # Step 1, 0 to 2.1: the first prompt. Step 2: one decodes, one prompt of 50, one adapter:
+    # (1 + 0.2) × 2.5 + 0.5 = 3.5. Step 3: both decode: 1.2 × 2.5 = 3.
+    assert first.first_token == pytest.approx(2.1)
+    assert second.first_token == pytest.approx(5.6)
+    assert first.finished == pytest.approx(8.6)
+    assert second.finished == pytest.approx(8.6)
+    assert model.counters.busy_s == pytest.approx(8.6)
+    assert model.counters.steps == 3
+
+
+def test_memory_decides_who_is_admitted_on_round_numbers() -> None:
+    env = simpy.Environment()
+    model = SimEngine(env, round_numbers(), EngineLimits())
+    requests = [request(env, 350, 50) for _ in range(3)]  # 400 of 900 tokens each
+    for item in requests:
+        model.submit(item)
+    env.run(until=0.5)
+    assert (model.running, model.waiting) == (2, 1)
+    assert model.kv_usage == pytest.approx(800 / 900)
+    env.run(requests[0].done)
+    env.run(until=env.now + 0.5)
+    assert model.waiting == 0
+
+
+def test_the_token_budget_is_shared_with_those_who_decode() -> None:
+    env = simpy.Environment()
+    model = SimEngine(env, round_numbers(), EngineLimits(max_num_batched_tokens=11))
+    decoding, prompt = request(env, 1, 100), request(env, 25, 1)
+    model.submit(decoding)
+    env.run(until=0.5)
+    model.submit(prompt)
+    env.run(prompt.done)
+    # 10 a step beside the one that decodes: 10, 10 and 5.
+    assert model.counters.steps == 4
+
+
+def test_host_memory_keeps_the_last_used() -> None:
+    env = simpy.Environment()
+    model = SimEngine(env, round_numbers(), EngineLimits(max_loras=1, max_cpu_loras=2))
+    times = []
+    for adapter, evict in (("a", None), ("b", "a"), ("a", "b"), ("c", "a"), ("b", "c")):
+        started = env.now
+        env.run(model.load(adapter, evict))
+        times.append(env.now - started)
+    # a and b from disk; a again from host memory; c from disk drops b, used longest ago.
+    assert times == pytest.approx([4.0, 4.0, 0.25, 4.0, 4.0])
+
+
+def test_more_in_slots_than_host_memory_is_meant_for_does_not_end_the_engine() -> None:
+    env = simpy.Environment()
+    model = SimEngine(env, round_numbers(), EngineLimits(max_loras=1))
+    for adapter in "abcd":
+        env.run(model.load(adapter))
+    assert model._process.is_alive

@@ -128,6 +128,68 @@ def test_requests_that_can_never_fit_fail_and_are_counted(tmp_path: Path) -> Non
     assert result["outcomes"] == {"completed": 1, "refused": 1}
 
 
+def test_each_option_has_its_effect(tmp_path: Path) -> None:
+    trace = write_trace(tmp_path / "t.jsonl", 200)
+    plain = replay(tmp_path, trace)
+    assert len(plain["workers"]) == 4
+    assert plain["adapters"]["hit_rate"] is None
+    assert plain["goodput_rps"] == pytest.approx(200 / plain["sim"]["virtual_s"])
+    assert plain["slo"]["attainment"] == 1
+    limited = replay(tmp_path, trace, "--limit", 50)
+    assert limited["requests"] == 50
+    assert len(replay(tmp_path, trace, "--workers", 2)["workers"]) == 2
+    faster = replay(tmp_path, trace, "--speed", 4)
+    assert faster["sim"]["virtual_s"] < 0.7 * plain["sim"]["virtual_s"]
+    strict = replay(tmp_path, trace, "--slo-ttft", 0.001)
+    assert (strict["slo"]["attainment"], strict["goodput_rps"]) == (0, 0)
+    few = replay(tmp_path, trace, "--adapters", 2, "--locality", 0)
+    many = replay(tmp_path, trace, "--adapters", 150, "--locality", 0, "--zipf", 0)
+    assert many["adapters"]["cold_loads"] > 3 * few["adapters"]["cold_loads"]
+    assert replay(tmp_path, trace, "--policy", "round_robin")["policy"] == "round_robin"
+
+
+def test_waiting_for_a_worker_counts_in_the_time_to_first_token(tmp_path: Path) -> None:
+    trace = write_trace(tmp_path / "t.jsonl", 40, every_ms=0)
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        """llm_configs:
+  - model_loading_config: {model_id: base}
+    deployment_config: {max_ongoing_requests: 1}
+"""
+    )
+    result = replay(tmp_path, trace, "--config", config)
+    # One at a time: the last waits for all the others.
+    assert result["ttft_s"]["p99"] > 0.9 * result["sim"]["virtual_s"] - 1
+    assert result["e2e_s"]["p99"] == pytest.approx(result["sim"]["virtual_s"], rel=0.01)
+
+
+def test_attached_workers_are_simulated_one_for_each(tmp_path: Path) -> None:
+    trace = write_trace(tmp_path / "t.jsonl", 10)
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        """llm_configs:
+  - model_loading_config: {model_id: base}
+    engine: attached
+    attach: [http://a:1, http://b:1, http://c:1]
+"""
+    )
+    assert len(replay(tmp_path, trace, "--config", config)["workers"]) == 3
+
+
+def test_a_model_that_is_not_configured_is_said_before_the_run(tmp_path: Path) -> None:
+    trace = write_trace(tmp_path / "t.jsonl", 10, model="zz:a{}")
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        """llm_configs:
+  - model_loading_config: {model_id: a}
+  - model_loading_config: {model_id: b}
+"""
+    )
+    done = sim("replay", trace, "--config", config)
+    assert done.returncode == 2
+    assert "asks for `zz:a0`, but the configuration has only a, b; add the model" in done.stderr
+
+
 BAD = [
     (("nowhere.jsonl",), "nowhere.jsonl: No such file or directory; name a .jsonl or .csv trace"),
     (("{broken}",), "broken.jsonl:2: not valid JSON"),
