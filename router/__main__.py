@@ -80,6 +80,8 @@ def _serve(config: Config, level: str) -> None:
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
+    # It logs a traceback for what a client sends; what is the router's fault the front end logs.
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
     try:
         import uvloop  # noqa: PLC0415  (not on every platform)
     except ImportError:

@@ -1,11 +1,13 @@
 """Processes that are killed, stopped, broken, attached: nothing is left behind, nothing is lost."""
 
 import asyncio
+import json
 import os
+import shutil
 import signal
+import socket
 import sys
 import threading
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from conftest import (
     process,
     wait_healthy,
 )
-from deployment import Deployment, alive, deployed, wait_until
+from deployment import Deployment, alive, children, deployed, fetch, wait_until
 
 from router.__main__ import main
 
@@ -41,22 +43,22 @@ def chat_body(model: str = MODEL, tokens: int = 8, **fields: Any) -> dict[str, A
     return {"model": model, "messages": messages, "max_tokens": tokens, **fields}
 
 
-@pytest.mark.parametrize("after_s", [0.0, 0.15, 0.3, 0.45, 0.6, 0.8, "ready"])
-def test_a_killed_router_leaves_nothing(
-    tmp_path: Path, adapters: Path, after_s: float | str
-) -> None:
-    """`kill -9` at any point of start-up: the workers end by themselves."""
+@pytest.mark.parametrize("point", ["spawned", "worker spawned", "engine forked", "ready"])
+def test_a_killed_router_leaves_nothing(tmp_path: Path, adapters: Path, point: str) -> None:
+    """`kill -9` at each point of start-up: the workers end by themselves."""
     deployment = Deployment(config_for("emulated", None, str(adapters)), tmp_path)
+    # Two guardians, then an engine below each.
+    expected = {"spawned": 0, "worker spawned": 1, "engine forked": 4, "ready": 4}[point]
     try:
-        if after_s == "ready":
+        if point == "ready":
             deployment.wait_ready()
-        else:
-            time.sleep(float(after_s))  # the point of start-up is the parameter of this test
-        pids = deployment.descendants()
+        pids = wait_until(
+            lambda: len(found := deployment.descendants()) >= expected and [*found, 0], point, 20
+        )
         deployment.process.kill()
         deployment.process.wait()
         wait_until(lambda: not alive(pids), f"{pids} ended", 10)
-        # A worker that was being started while the list was made is found by its command line.
+        # A worker that was being started while the list was made is found by its log.
         wait_until(lambda: not workers_of(tmp_path), "no worker of this run", 10)
     finally:
         deployment.stop()
@@ -363,3 +365,174 @@ def test_check_prints_each_adapter_and_its_faults(
     path.write_text("llm_configs: 3\n")
     assert main(["check", str(path)]) == 2
     assert "c.yaml:1: llm_configs: Expected `array`" in capfd.readouterr().err
+
+
+# Paths that name no route of vLLM's, and that some reader could take for a step upwards.
+STEPS = [
+    "/v1/../worker/v1/load",
+    "/v1/%2e%2e/worker/v1/load",
+    "/v1/x/../../worker/v1/load",
+    "/v1/..%2fworker/v1/load",
+    "/v1//worker/v1/load",
+    "/v1/x/../load_lora_adapter",
+    "/v1/load_lora_adapter/",
+    "/v1/./chat/completions",
+    "/worker/v1/load",
+]
+
+
+def raw(deployment: Deployment, data: bytes) -> bytes:
+    """Send bytes as they are; all that comes back until the connection closes."""
+    host, port = deployment.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(data)
+        parts = []
+        while part := connection.recv(65536):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def test_hostile_requests(tmp_path: Path, adapters: Path) -> None:
+    """No path reaches the worker's own routes; no body or head gets more than an error."""
+    with deployed(config_for("emulated", None, str(adapters)), tmp_path) as deployment:
+        load = {"adapter": {"name": f"{MODEL}:evil"}, "path": str(adapters / ADAPTERS[0])}
+        body = json.dumps({"model": MODEL, **load}).encode()
+        for path in STEPS:
+            line = f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+            line += f"Content-Length: {len(body)}\r\n\r\n"
+            answer = raw(deployment, line.encode() + body)
+            assert answer.startswith(b"HTTP/1.1 404"), (path, answer[:200])
+            assert b'"error"' in answer
+        assert deployment.metric("lorayard_worker_adapters") == 0
+        assert deployment.metric("lorayard_decisions_total") == 0
+        for head, status in (
+            (b"Content-Encoding: gzip\r\n", b"400"),
+            (b"X-Request-Id: a\tb\r\n", b"200"),
+        ):
+            chat = json.dumps(chat_body()).encode()
+            request = (
+                b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + head
+            )
+            request += b"Content-Length: %d\r\n\r\n" % len(chat) + chat
+            answer = raw(deployment, request)
+            assert answer.startswith(b"HTTP/1.1 " + status), answer[:300]
+            assert b"X-Request-Id: a" not in answer
+        assert "Traceback" not in deployment.log
+        assert deployment.post("/v1/chat/completions", chat_body())[0] == 200
+
+
+def test_a_new_version_is_served_and_a_rollback_too(tmp_path: Path, adapters: Path) -> None:
+    """Each request gets the weights that are in the store, however often they change."""
+    store = tmp_path / "store"
+    config = config_for("emulated", None, str(store))
+    config["router"] = {"store_refresh_s": 0.1}
+    one, other = (write_adapter(tmp_path / str(seed), seed) for seed in (1, 2))
+    folder = store / "a"
+
+    def put(source: Path) -> None:
+        """As an object store does: the same content has the same tag."""
+        shutil.copytree(source, folder, dirs_exist_ok=True, copy_function=shutil.copy2)
+
+    put(one)
+    write_adapter(store / "b", 3)
+    write_adapter(store / "c", 4)
+    with deployed(config, tmp_path / "run") as deployment:
+
+        def answer(name: str = "a") -> str:
+            status, _, body = deployment.post("/v1/chat/completions", chat_body(f"{MODEL}:{name}"))
+            assert status == 200, body
+            return str(body["choices"][0]["message"]["content"])
+
+        first = answer()
+        put(other)
+        second = wait_until(lambda: (text := answer()) != first and text, "the new version", 10)
+        put(one)
+        wait_until(lambda: answer() == first, "the old version again", 10)
+        for name in ("b", "c", "b", "c"):  # evicts versions of a
+            answer(name)
+        assert answer() == first
+        put(other)
+        wait_until(lambda: answer() == second, "the new version again", 10)
+
+
+def test_an_adapter_that_changed_since_the_listing_is_served(
+    tmp_path: Path, adapters: Path
+) -> None:
+    store = tmp_path / "store"
+    write_adapter(store / "a", 1)
+    config = config_for("emulated", None, str(store))
+    config["router"] = {"store_refresh_s": 1000}
+    with deployed(config, tmp_path / "run") as deployment:
+        write_adapter(store / "a", 2)
+        os.utime(store / "a" / "adapter_model.safetensors", ns=(1, 1))
+        status, _, body = deployment.post("/v1/chat/completions", chat_body(f"{MODEL}:a"))
+        assert status == 200, body
+        shutil.rmtree(store / "a")
+        write_adapter(store / "b", 1)
+        assert deployment.post("/v1/chat/completions", chat_body(f"{MODEL}:b"))[0] == 200
+
+
+def test_a_hung_worker_gets_nothing_new_until_it_speaks_again(
+    tmp_path: Path, adapters: Path
+) -> None:
+    with deployed(config_for("emulated", None, str(adapters)), tmp_path) as deployment:
+        [guardian, _] = deployment.workers()
+        [engine] = children(guardian)
+        os.kill(engine, signal.SIGSTOP)
+        try:
+            wait_until(
+                lambda: deployment.metric("lorayard_worker_accepting") == 1, "silence noticed", 15
+            )
+            for _ in range(8):
+                assert deployment.post("/v1/chat/completions", chat_body())[0] == 200
+        finally:
+            os.kill(engine, signal.SIGCONT)
+        wait_until(lambda: deployment.metric("lorayard_worker_accepting") == 2, "it is back", 15)
+
+
+def test_a_client_that_reads_nothing_does_not_keep_its_place(
+    tmp_path: Path, adapters: Path
+) -> None:
+    config = config_for("emulated", None, str(adapters))
+    config["router"] = {"idle_timeout_s": 1}
+    with deployed(config, tmp_path) as deployment:
+        host, port = deployment.url.removeprefix("http://").split(":")
+        body = json.dumps(chat_body(tokens=100_000, stream=True)).encode()
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect((host, int(port)))
+            connection.sendall(
+                b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+                % len(body)
+                + body
+            )
+            wait_until(lambda: deployment.metric("lorayard_worker_in_flight") == 1, "it runs", 5)
+            wait_until(lambda: deployment.metric("lorayard_worker_in_flight") == 0, "it ends", 60)
+        assert deployment.metric("lorayard_requests_total", outcome="client_gone") == 1
+
+
+def test_a_worker_that_lost_an_adapter_loads_it_again(
+    tmp_path: Path, adapters: Path, attached_config: dict[str, Any]
+) -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [
+        *(sys.executable, "-m", "engine_worker", "--engine", "emulated", "--model", MODEL),
+        *("--engine-kwargs", '{"enable_lora": true, "max_loras": 2}', "--port", str(port)),
+    ]
+    attached_config["llm_configs"][0] |= {
+        "engine": "attached",
+        "attach": [url],
+        "engine_kwargs": {},
+    }
+    name = f"{MODEL}:{ADAPTERS[0]}"
+    with process(command, tmp_path / "worker.log", {}):
+        wait_healthy(url, tmp_path / "worker.log", 20)
+        with deployed(attached_config, tmp_path / "run") as deployment:
+            assert deployment.post("/v1/chat/completions", chat_body(name))[0] == 200
+            _, _, state = fetch(f"{url}/worker/v1/adapters", None, {})
+            [held] = state["gpu"]
+            unload = json.dumps({"adapter": held}).encode()
+            assert fetch(f"{url}/worker/v1/unload", unload, {})[0] == 200
+            status, _, answer = deployment.post("/v1/chat/completions", chat_body(name))
+            assert status == 200, answer
