@@ -80,6 +80,7 @@ def _serve(config: Config, level: str) -> None:
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
+    logging.getLogger("botocore").setLevel(logging.WARNING)
     # It logs a traceback for what a client sends; what is the router's fault the front end logs.
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
     try:

@@ -32,7 +32,6 @@ ENGINE_KWARGS: dict[str, dict[str, Any]] = {
         "max_num_seqs": 64,
         "dtype": "float32",  # with random weights, bfloat16 would round answers apart
         "enforce_eager": True,
-        "disable_log_stats": False,
     },
 }
 CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
