@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from urllib.parse import quote
@@ -24,7 +25,14 @@ log = logging.getLogger("lorayard")
 class ModelService:
     """A base model and everything that serves it. To be made inside a running loop."""
 
-    def __init__(self, llm: LLMConfig, config: RouterConfig, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        llm: LLMConfig,
+        config: RouterConfig,
+        metrics: Metrics,
+        gpus: Sequence[str] = (),
+        first_gpu: int = 0,
+    ) -> None:
         self.llm = llm
         self.model_id = llm.model_id
         cache_dir = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
@@ -46,6 +54,8 @@ class ModelService:
             log_dir=Path(config.log_dir) if config.log_dir else cache_dir / "logs",
             catalog=self.catalog,
             cache=self._cache,
+            gpus=gpus,
+            first_gpu=first_gpu,
         )
         fleet = Fleet(llm.model_id)
         self.router = Router(

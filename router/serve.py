@@ -19,6 +19,7 @@ from router.frontend.app import Frontend
 from router.frontend.auth import Keys
 from router.model import ModelService
 from router.telemetry.metrics import Metrics
+from router.workers.devices import gpus_per_worker, visible_devices
 
 log = logging.getLogger("lorayard")
 
@@ -47,7 +48,11 @@ async def serve(config: Config) -> None:
     models: list[ModelService] = []
     keys = Keys.from_environment(settings.api_keys_env)
     try:
-        models = [ModelService(llm, settings, metrics) for llm in config.llm_configs]
+        gpus = visible_devices()
+        first_gpu = 0
+        for llm in config.llm_configs:
+            models.append(ModelService(llm, settings, metrics, gpus, first_gpu))
+            first_gpu += llm.replicas * gpus_per_worker(llm)
         frontend = Frontend(models, settings, metrics, keys)
         runner = web.AppRunner(
             frontend.application(),

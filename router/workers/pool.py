@@ -35,6 +35,7 @@ from router.workers.client import (
     read_info,
     served_models,
 )
+from router.workers.devices import device_environment, gpus_per_worker
 from router.workers.process import WorkerProcess
 
 log = logging.getLogger("lorayard.workers")
@@ -47,7 +48,10 @@ SOCKET_PATH_MAX: Final = 100  # the kernel's limit is 108 bytes, 104 elsewhere
 
 
 class WorkerPool:
-    """Workers of one model, and the core's `Loader` for them."""
+    """Workers of one model, and the core's `Loader` for them.
+
+    `gpus` are this machine's, and the first worker gets those from number `first_gpu` on.
+    """
 
     def __init__(
         self,
@@ -57,7 +61,11 @@ class WorkerPool:
         log_dir: Path,
         catalog: AdapterCatalog | None,
         cache: AdapterCache | None,
+        gpus: Sequence[str] = (),
+        first_gpu: int = 0,
     ) -> None:
+        self._gpus = gpus
+        self._first_gpu = first_gpu
         self._llm = llm
         self._config = config
         self._log_dir = log_dir
@@ -94,7 +102,9 @@ class WorkerPool:
             if attached:
                 life = self._live_attached(worker_id, self._llm.attach[number], first)
             else:
-                life = self._live_launched(worker_id, first)
+                place = self._first_gpu + number * gpus_per_worker(self._llm)
+                devices = device_environment(self._llm, place, self._gpus)
+                life = self._live_launched(worker_id, devices, first)
             task = loop.create_task(life, name=f"worker {worker_id}")
             task.add_done_callback(partial(self._life_ended, first))
             self._tasks.append(task)
@@ -152,7 +162,9 @@ class WorkerPool:
 
     # A worker's life.
 
-    async def _live_launched(self, worker_id: str, first: "asyncio.Future[None]") -> None:
+    async def _live_launched(
+        self, worker_id: str, devices: dict[str, str], first: "asyncio.Future[None]"
+    ) -> None:
         assert self._folder is not None
         backoff_s = BACKOFF_MIN_S
         while True:
@@ -168,6 +180,7 @@ class WorkerPool:
                     token=token,
                     drain_timeout_s=self._config.drain_timeout_s,
                     withheld=frozenset({self._config.api_keys_env, "VLLM_API_KEY"}),
+                    given=devices,
                 )
                 self._processes[worker_id] = process
                 log.info("%s: starting (log: %s)", worker_id, process.log_file)

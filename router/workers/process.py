@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -62,10 +63,12 @@ class WorkerProcess:
         token: str,
         drain_timeout_s: float,
         withheld: frozenset[str],
+        given: Mapping[str, str],
     ) -> "WorkerProcess":
         """Start it; `folder` is this run's own, for the socket.
 
-        `withheld` are environment variables that are not its business. Raises `OSError`.
+        `withheld` are environment variables that are not its business, `given` are set for it.
+        Raises `OSError`.
         """
         socket = folder / f"{worker_id.replace('/', '-')[-32:]}.sock"
         command = [
@@ -85,7 +88,7 @@ class WorkerProcess:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env={**kept, TOKEN_ENV: token, "PYTHONUNBUFFERED": "1"},
+                env={**kept, **given, TOKEN_ENV: token, "PYTHONUNBUFFERED": "1"},
                 start_new_session=True,  # a Ctrl-C in the terminal is the router's to handle
             )
         return cls(process, worker_id, socket, log_file, token)
