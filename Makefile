@@ -22,6 +22,8 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 # Where a folder of wheels is given, the CPU build of torch is there; else PyTorch's index has it.
 TORCH_FROM := $(if $(PIP_FIND_LINKS),$(FIND_LINKS),--index-url $(TORCH_CPU_INDEX))
 OVERRIDES := --overrides requirements/overrides.txt
+# Most of these tests wait for processes.
+PARALLEL := --numprocesses 3 --dist loadgroup
 CACHE := .lorayard
 MODEL := $(CACHE)/smollm2-135m
 
@@ -85,16 +87,16 @@ $(VENV)/.engine-gpu: $(VENV)/.core requirements/overrides.txt
 	@$(UV) pip install --python $(PY) $(FIND_LINKS) --overrides requirements/overrides-gpu.txt -e '.[gpu,demo]'
 	@touch $@
 
-test: $(VENV)/.test install-engine lint test-lowest  ## everything: linters, types, all tests, real vLLM included
-	$(PY) -m pytest
+test: $(VENV)/.test install-engine lint test-lowest test-fast  ## everything: linters, types, all tests, real vLLM included
+	$(PY) -m pytest -m vllm
 
 test-fast: $(VENV)/.test  ## all tests that need no vLLM: under a minute
-	$(PY) -m pytest -m "not vllm"
+	$(PY) -m pytest -m "not vllm" $(PARALLEL)
 
 test-lowest: $(VENV)/bin/uv  ## the fast tests on the lowest versions that pyproject.toml allows
 	@test -x $(VENV)-lowest/bin/python || $(UV) venv -q --python $(PYTHON) $(VENV)-lowest
 	@$(UV) pip install -q --python $(VENV)-lowest/bin/python --resolution lowest-direct -e '.[test]'
-	$(VENV)-lowest/bin/python -m pytest -q -m "not vllm"
+	$(VENV)-lowest/bin/python -m pytest -q -m "not vllm" $(PARALLEL)
 
 lint: $(VENV)/.test  ## ruff and mypy --strict
 	$(VENV)/bin/ruff check

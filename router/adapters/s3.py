@@ -34,9 +34,10 @@ GONE: Final = {"NoSuchKey", "404", "PreconditionFailed", "412"}
 
 
 class S3Store:
-    """`s3://bucket/prefix`, one sub-folder an adapter."""
+    """`s3://bucket/prefix`, one sub-folder an adapter; listed `page_size` objects at a time."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, page_size: int = 1000) -> None:
+        self._page_size = page_size
         self.url = url.rstrip("/")
         bucket, _, prefix = self.url.removeprefix("s3://").partition("/")
         self._bucket = bucket
@@ -94,7 +95,9 @@ class S3Store:
         """Yield (adapter's name, file) for every object two levels under the store's prefix."""
         with self._translated(self.url):
             pages = self._client.get_paginator("list_objects_v2").paginate(
-                Bucket=self._bucket, Prefix=prefix
+                Bucket=self._bucket,
+                Prefix=prefix,
+                PaginationConfig={"PageSize": self._page_size},
             )
             for page in pages:
                 for entry in page.get("Contents", ()):

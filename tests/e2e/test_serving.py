@@ -10,6 +10,9 @@ import pytest
 from conftest import ADAPTERS, MODEL, Served
 from deployment import wait_until
 
+# One deployment serves them all: keep them in one of pytest-xdist's processes.
+pytestmark = pytest.mark.xdist_group("serving")
+
 IDS = (MODEL, *(f"{MODEL}:{name}" for name in ADAPTERS))
 PROMPT = "Tell me about the sea."
 
