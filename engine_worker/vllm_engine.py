@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import socket
+from collections import OrderedDict
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -98,7 +99,7 @@ async def _serve(options: WorkerOptions, listener: socket.socket) -> int:
         )
         service = WorkerService(adapters, info, feed, token=options.token)
         config = uvicorn.Config(
-            WorkerApp(app, service),
+            WorkerApp(app, service, engine),
             log_level="warning",
             access_log=False,
             lifespan="off",
@@ -235,6 +236,9 @@ class VllmAdapters:
         self._keeps_evicted = bool(
             lora_config and lora_config.max_cpu_loras > lora_config.max_loras + 1
         )
+        # What it may still have in host memory: it knows an adapter again by its id alone.
+        self._kept: OrderedDict[AdapterId, Any] = OrderedDict()
+        self._kept_max = lora_config.max_cpu_loras if lora_config else 0
 
     async def add(self, adapter: AdapterId, path: str, evict: Sequence[AdapterId]) -> None:
         """Load through the engine, which checks the weights before it drops any.
@@ -244,7 +248,7 @@ class VllmAdapters:
         from vllm.lora.request import LoRARequest  # noqa: PLC0415
 
         async with self._changing:
-            request = self._served.request_of(adapter)
+            request = self._served.request_of(adapter) or self._kept.pop(adapter, None)
             if request is None or request.lora_path != path:
                 request = LoRARequest(
                     lora_name=adapter.name, lora_int_id=self._ids.inc(1), lora_path=path
@@ -268,28 +272,33 @@ class VllmAdapters:
     async def _drop(self, adapter: AdapterId) -> None:
         request = self._served.request_of(adapter)
         self._served.drop(adapter)
-        if request is not None and not self._keeps_evicted:
+        if request is None:
+            return
+        if not self._keeps_evicted:
             await self._engine.remove_lora(request.lora_int_id)
+            return
+        self._kept[adapter] = request
+        while len(self._kept) > self._kept_max:
+            self._kept.popitem(last=False)
 
     async def residency(self) -> tuple[tuple[AdapterId, ...], tuple[AdapterId, ...]]:
         """Ask the engine's processes; the first speaks for all, they hold the same.
 
-        What the engine still has of adapters that are no longer served is not told: a request for
-        them would find nothing.
+        Of adapters that are no longer served none is told to be in a slot, though the engine may
+        not have needed the slot yet: a request for them would find nothing.
         """
         served = {
             self._served.request_of(adapter).lora_int_id: adapter
             for adapter in self._served.adapters
         }
-        if not served:
+        kept = {request.lora_int_id: adapter for adapter, request in self._kept.items()}
+        if not served and not kept:
             return (), ()
         slots = set((await self._engine.collective_rpc("lorayard_gpu_lora_ids"))[0])
         held = sorted(await self._engine.list_loras())
-        known = [(lora_id in slots, served[lora_id]) for lora_id in held if lora_id in served]
-        return (
-            tuple(adapter for in_slot, adapter in known if in_slot),
-            tuple(adapter for in_slot, adapter in known if not in_slot),
-        )
+        gpu = tuple(served[number] for number in held if number in served and number in slots)
+        elsewhere = {**kept, **{number: served[number] for number in served if number not in slots}}
+        return gpu, tuple(elsewhere[number] for number in held if number in elsewhere)
 
 
 def _last_line(error: Exception) -> str:
@@ -330,9 +339,10 @@ def _stat_logger_factory(feed: StateFeed) -> Any:  # noqa: ANN401
 class WorkerApp:
     """vLLM's application with the worker's routes before it, behind the token."""
 
-    def __init__(self, app: Any, service: WorkerService) -> None:  # noqa: ANN401
+    def __init__(self, app: Any, service: WorkerService, engine: Any) -> None:  # noqa: ANN401
         self._app = app
         self._service = service
+        self._engine = engine
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
@@ -348,11 +358,21 @@ class WorkerApp:
         elif not path.startswith(protocol.PREFIX):
             version = headers.get(protocol.VERSION_HEADER.lower().encode(), b"")
             asked_version.set(version.decode("latin-1"))
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, self._telling_death(send))
         elif (method, path) == ("GET", protocol.STATE):
             await _stream(receive, send, self._service.lines())
         else:
             await self._route(method, path, receive, send)
+
+    def _telling_death(self, send: Send) -> Send:
+        """Answer 503, which a router takes elsewhere, where the 500 is a dead engine's."""
+
+        async def sent(message: MutableMapping[str, Any]) -> None:
+            if message.get("status") == 500 and self._engine.errored:  # noqa: PLR2004
+                message["status"] = 503
+            await send(message)
+
+        return sent
 
     async def _route(self, method: str, path: str, receive: Receive, send: Send) -> None:
         service = self._service

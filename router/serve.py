@@ -136,7 +136,7 @@ def announce(address: str, models: Sequence[ModelService], *, with_key: bool) ->
     key = " -H 'Authorization: Bearer KEY'" if with_key else ""
     lines = [
         f"curl -s {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d "
-        f'\'{{"model": "{model_id}", "max_tokens": 48, "messages": '
+        f'\'{{"model": "{model_id}", "max_tokens": 48, "temperature": 0, "messages": '
         '[{"role": "user", "content": "What is the capital of France?"}]}\''
         for model_id in ids
     ]

@@ -17,7 +17,13 @@ from typing import Final
 
 from anyio import CapacityLimiter, to_thread
 
-from router.adapters.store import AdapterGoneError, AdapterStore, StoredAdapter, StoreError
+from router.adapters.store import (
+    NEEDED,
+    AdapterGoneError,
+    AdapterStore,
+    StoredAdapter,
+    StoreError,
+)
 from router.adapters.validate import (
     AdapterRules,
     InvalidAdapterError,
@@ -74,7 +80,7 @@ class AdapterCache:
         place = self._folder / f"{adapter.name}@{adapter.version}"
         task = self._fetching.get(place.name)
         if task is None:
-            if place.name in self._sound:
+            if place.name in self._sound and all((place / name).is_file() for name in NEEDED):
                 return place
             task = asyncio.create_task(self._fetch(adapter, place))
             self._fetching[place.name] = task
@@ -124,8 +130,13 @@ class AdapterCache:
 
     def _fetch_once(self, adapter: StoredAdapter, place: Path, stop: threading.Event) -> None:
         if place.is_dir():
-            check_files(adapter.name, place, self._rules)
-            return
+            try:
+                check_files(adapter.name, place, self._rules)
+            except InvalidAdapterError:
+                # The copy may be what is damaged: the store has the last word.
+                shutil.rmtree(place)
+            else:
+                return
         self.fetches += 1
         partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=self._folder))
         try:

@@ -61,6 +61,8 @@ class AdapterCatalog:
                 await self.refresh()
             except StoreError as error:
                 log.warning("the listing is kept as it was: %s", error)
+            except Exception:  # this must not end while the router runs
+                log.exception("the listing is kept as it was")
 
     async def find(self, name: str, *, afresh: bool = False) -> StoredAdapter | None:
         """The adapter, or None where there is none of that name. Raises `StoreError`.

@@ -85,7 +85,6 @@ class Rejected(Exception):  # noqa: N818  (an outcome, not a fault of the progra
 class LoadFault(StrEnum):
     """Whose fault a failed load is. It decides the answer, and whether another worker may help."""
 
-    ADAPTER_MISSING = "adapter_missing"
     ADAPTER_CHANGED = "adapter_changed"
     ADAPTER_INVALID = "adapter_invalid"
     STORE_UNAVAILABLE = "store_unavailable"

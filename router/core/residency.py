@@ -175,11 +175,12 @@ class SlotCache:
         return slot
 
     def disown(self, slot: Slot) -> bool:
-        """The worker refused a request for the adapter: it is not there, in use or not.
+        """The worker refused a request for the adapter: it is not there.
 
-        True if a slot was dropped; its users hold on to an object that counts no longer.
+        True if the slot was dropped. It stays where others than the one who was refused use it: they
+        are answered, so their word counts for more.
         """
-        if slot.phase is not Phase.RESIDENT:
+        if slot.phase is not Phase.RESIDENT or slot.users > 1:
             return False
         slot.move(Phase.COLD)
         del self._slots[slot.adapter]

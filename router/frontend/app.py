@@ -2,7 +2,7 @@
 
     GET  /health /ready /metrics     no key needed
     GET  /v1/models /v1/models/{id}  answered here, from the catalog
-    POST /v1/...                     passed on to a worker, whatever it is that vLLM serves there
+    POST /v1/... with a JSON body    passed on to a worker, whatever it is that vLLM serves there
 
 A request's model is looked up before any worker is touched. Whatever happens, the lease is left, the
 outcome is counted once, and the answer carries `x-request-id`, `x-worker` and `x-adapter`.
@@ -252,6 +252,7 @@ class Exchange:
         self._request = request
         self._body = body
         self._path = path
+        self._looked_again = False
         self._model = model
         self._loop = asyncio.get_running_loop()
         self._arrived = self._loop.time()
@@ -265,7 +266,8 @@ class Exchange:
 
     async def run(self) -> web.StreamResponse:
         """Answer the client. Raises `ApiError` where that is the answer."""
-        for left in range(self._frontend.config.max_retries, -1, -1):
+        left = self._frontend.config.max_retries
+        while True:
             self.outcome = Outcome.CLIENT_GONE
             try:
                 async with self._model.router.lease(self._job) as lease:
@@ -275,8 +277,12 @@ class Exchange:
                 raise rejected(error) from None
             except LoadError as error:
                 self.outcome = Outcome.LOAD_FAILED
-                if not left or not await self._may_load_again(error):
+                if await self._knows_a_newer(error):
+                    continue  # no worker failed, so it costs no retry
+                if not left or error.fault is not LoadFault.WORKER:
                     raise load_failed(error) from None
+                if error.worker is not None:
+                    self._job.avoid = (*self._job.avoid, error.worker)
             except WorkerStalledError as error:
                 self.outcome = Outcome.WORKER_STALLED
                 if not left:
@@ -285,17 +291,14 @@ class Exchange:
                 self.outcome = Outcome.WORKER_FAILED
                 if not left:
                     raise self._worker_error(502, error) from None
+            left -= 1
             self._frontend.metrics.retries.labels(self._model.model_id).inc()
-        raise AssertionError("the last try ends by an answer or an error")
 
-    async def _may_load_again(self, error: LoadError) -> bool:
-        """Whether the load is worth another try; the job is changed so that it is another one."""
-        if error.fault is LoadFault.WORKER:
-            if error.worker is not None:
-                self._job.avoid = (*self._job.avoid, error.worker)
-            return True
-        if error.fault not in {LoadFault.ADAPTER_CHANGED, LoadFault.ADAPTER_MISSING}:
+    async def _knows_a_newer(self, error: LoadError) -> bool:
+        """Whether the adapter had changed in the store, and the job is for what it is now; once."""
+        if error.fault is not LoadFault.ADAPTER_CHANGED or self._looked_again:
             return False
+        self._looked_again = True
         assert self._job.adapter is not None
         try:
             adapter = await self._model.find(self._job.adapter.name, afresh=True)
@@ -345,6 +348,7 @@ class Exchange:
                     self._request.headers, self._job.id, adapter.version if adapter else ""
                 ),
                 stamps=stamps,
+                adapter=adapter.model_id if adapter else "",
                 first_byte_timeout_s=config.first_byte_timeout_s,
                 idle_timeout_s=config.idle_timeout_s,
                 on_first_byte=on_first_byte,
@@ -362,7 +366,10 @@ class Exchange:
                 self._request.transport.abort()
             raise asyncio.CancelledError from None
         now = self._loop.time()
-        self.outcome = Outcome.COMPLETED if response.status < 400 else Outcome.REFUSED  # noqa: PLR2004
+        if response.status >= 500:  # noqa: PLR2004
+            self.outcome = Outcome.WORKER_FAILED
+        else:
+            self.outcome = Outcome.COMPLETED if response.status < 400 else Outcome.REFUSED  # noqa: PLR2004
         metrics.placed(self._job, lease.use)
         metrics.request_s.labels(name).observe(now - self._arrived)
         return response

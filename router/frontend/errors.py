@@ -9,7 +9,6 @@ from aiohttp import web
 from router.core.job import LoadError, LoadFault, Rejected
 
 LOAD_STATUS: Final[dict[LoadFault, tuple[int, str, str]]] = {
-    LoadFault.ADAPTER_MISSING: (404, "invalid_request_error", "model_not_found"),
     LoadFault.ADAPTER_CHANGED: (503, "server_error", "adapter_changed"),
     LoadFault.ADAPTER_INVALID: (400, "invalid_request_error", "adapter_invalid"),
     LoadFault.STORE_UNAVAILABLE: (503, "server_error", "adapter_store_unavailable"),

@@ -20,6 +20,7 @@ from router.workers.client import WorkerClient, describe
 WHOLE_MAX_BYTES: Final = 256 * 1024
 SEGMENT: Final = re.compile(r"[A-Za-z0-9_.-]+")
 NOT_FOUND: Final = 404
+MODEL_MISSING: Final = b"does not exist"  # vLLM: "The model `base:adapter` does not exist."
 # Not an answer to this request, but a worker that cannot serve or does not know its router.
 WORKERS_FAULT: Final = frozenset({401, 403, 502, 503})
 # Of this connection alone (RFC 9110, 7.6.1), or rewritten on the way.
@@ -93,11 +94,14 @@ async def relay(
     *,
     headers: CIMultiDict[str],
     stamps: Mapping[str, str],
+    adapter: str,
     first_byte_timeout_s: float,
     idle_timeout_s: float,
     on_first_byte: Callable[[], None],
 ) -> web.StreamResponse:
     """Send the body to a worker and its answer to the client, with our `stamps` as headers.
+
+    `adapter` is the model id that the worker was leased for, empty for the base model.
 
     Raises `WorkerFailedError`, `WorkerStalledError` or `AdapterNotThereError` while nothing was sent,
     `AnswerCutError` after.
@@ -115,8 +119,6 @@ async def relay(
     async with upstream:
         if upstream.status in WORKERS_FAULT:
             raise WorkerFailedError(f"it answered {upstream.status}")
-        if upstream.status == NOT_FOUND and stamps["X-Adapter"] != "none":
-            raise AdapterNotThereError
         length = upstream.content_length
         whole: bytes | None = None
         if length is not None and length <= WHOLE_MAX_BYTES:
@@ -127,6 +129,10 @@ async def relay(
                 raise WorkerStalledError(f"no more of its answer in {idle_timeout_s:g} s") from None
             except (aiohttp.ClientError, OSError) as error:
                 raise WorkerFailedError(describe(error)) from None
+        # Not every 404 is that: a route or a stored response may be what is not there.
+        missing = upstream.status == NOT_FOUND and whole is not None and MODEL_MISSING in whole
+        if missing and adapter and adapter.encode() in (whole or b""):
+            raise AdapterNotThereError
         on_first_byte()
         returned = CIMultiDict(
             (name, value)

@@ -199,8 +199,7 @@ class WorkerPool:
                 raise
             except Exception as error:  # noqa: BLE001  (told at the first start, logged after)
                 if process is not None:
-                    process.kill()
-                    await process.wait()
+                    await process.end()
                 if not first.done():
                     first.set_exception(error)
                     return

@@ -134,9 +134,18 @@ class WorkerProcess:
                     await self._process.wait()
             except TimeoutError:
                 self.kill()
-        await self._process.wait()
-        if self._process.stdin is not None:
-            self._process.stdin.close()
+        await self.end()
+
+    async def end(self) -> None:
+        """End it at once and wait until it has ended; a guardian that is stopped is killed itself."""
+        self.kill()
+        try:
+            async with asyncio.timeout(KILL_GRACE_S):
+                await self._process.wait()
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()
 
     def kill(self) -> None:
         """End it at once: its lifeline closes, and the guardian kills the engine's processes."""

@@ -128,6 +128,24 @@ async def test_what_is_on_disk_is_checked_by_the_rules_that_hold_now(
         await later.folder_of(found(store))
 
 
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+async def test_a_copy_that_went_bad_is_fetched_again(
+    store: Store, tmp_path: Path, damage: str
+) -> None:
+    cache = cache_of(store, tmp_path)
+    folder = await cache.folder_of(found(store))
+    weights = folder / "adapter_model.safetensors"
+    if damage == "gone":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[:-5])
+        cache = cache_of(store, tmp_path)
+    assert await cache.folder_of(found(store)) == folder
+    original = tmp_path / "store" / "a" / weights.name
+    assert weights.read_bytes() == original.read_bytes()
+    assert store.fetched == 2
+
+
 async def test_a_transfer_that_hangs_is_given_up(store: Store, tmp_path: Path) -> None:
     store.hang = threading.Event()
     with pytest.raises(LoadError, match=r"not here after 0\.05 s \(download_timeout_s\), after 2"):

@@ -186,13 +186,17 @@ def test_an_adapter_that_a_worker_disowns_is_loaded_again() -> None:
     async def main() -> None:
         cluster = Cluster(workers=1, slots=1)
         await cluster.use("a")
-        holding = cluster.start(cluster.use("a", hold_s=5))
+        [worker] = cluster.workers
+        both = [cluster.start(cluster.use("a", hold_s=hold_s)) for hold_s in (1, 5)]
         await settle()
-        cluster.router.disown(cluster.workers[0], ref("a"))
+        cluster.router.disown(worker, ref("a"))
+        assert cluster.router.fleet.holders(ref("a")) == (worker,), "another one uses it"
+        await both[0]
+        cluster.router.disown(worker, ref("a"))
         assert cluster.router.fleet.holders(ref("a")) == ()
         await cluster.use("a")
         assert len(cluster.loader.calls) == 2
-        await holding
+        await both[1]
         cluster.assert_at_rest()
 
     simulate(main())

@@ -202,8 +202,11 @@ def test_other_routes_of_the_engine_are_passed_on(served: Served) -> None:
     else:
         answer = client.responses.create(model=MODEL, input="Hello", max_output_tokens=16)
         assert answer.model == MODEL
-    status, _, answer_body = served.deployment.post("/v1/no/such/route", {"model": MODEL})
-    assert status == 404, answer_body
+    loads = served.deployment.metric("lorayard_adapter_loads_total")
+    for model in (MODEL, f"{MODEL}:{ADAPTERS[2]}"):
+        status, _, answer_body = served.deployment.post("/v1/no/such/route", {"model": model})
+        assert status == 404, answer_body
+    assert served.deployment.metric("lorayard_adapter_loads_total") == loads
     status, _, _ = served.deployment.post("/v1/load_lora_adapter", {"lora_name": "x"})
     assert status == 404
 

@@ -47,7 +47,7 @@ def test_of_a_key_that_stands_twice_the_last_counts_as_in_vllm() -> None:
 @pytest.mark.parametrize(
     ("fault", "status", "code"),
     [
-        (LoadFault.ADAPTER_MISSING, 404, "model_not_found"),
+        (LoadFault.ADAPTER_CHANGED, 503, "adapter_changed"),
         (LoadFault.ADAPTER_INVALID, 400, "adapter_invalid"),
         (LoadFault.STORE_UNAVAILABLE, 503, "adapter_store_unavailable"),
         (LoadFault.WORKER, 502, "adapter_load_failed"),
