@@ -62,7 +62,8 @@ def test_streaming_equals_not_streaming(served: Served) -> None:
             usage = chunk.usage or usage
             pieces += [choice.delta.content or "" for choice in chunk.choices]
         assert "".join(pieces) == chat(served, model)
-        assert len(pieces) > 5, "it came in pieces"
+        # vLLM puts tokens together that come faster than they are sent; the emulated engine is paced.
+        assert len(pieces) == 24 if served.engine == "emulated" else len(pieces) > 1
         assert usage is not None
         assert usage.completion_tokens == 24
 
