@@ -66,7 +66,6 @@ class AdapterCache:
         self._fetching: dict[str, asyncio.Task[Path]] = {}
         # Of its own, so that neither a slow store nor the listing can take the other's threads.
         self._threads = CapacityLimiter(FETCHES_MAX)
-        self.fetches = 0
 
     def prepare(self) -> None:
         """Make the folder, and remove what downloads that were cut off have left in it."""
@@ -137,7 +136,6 @@ class AdapterCache:
                 shutil.rmtree(place)
             else:
                 return
-        self.fetches += 1
         partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=self._folder))
         try:
             self._store.fetch(adapter, partial, stop.is_set)

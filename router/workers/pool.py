@@ -82,11 +82,6 @@ class WorkerPool:
         """How to speak to a worker; None where it is gone."""
         return self._clients.get(worker_id)
 
-    @property
-    def pids(self) -> Sequence[int]:
-        """The guardians of the workers that this router launched."""
-        return [process.pid for process in self._processes.values()]
-
     def start(self, router: Router) -> None:
         """Begin to start or attach all workers; see `started`."""
         self._router = router
