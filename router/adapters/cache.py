@@ -128,12 +128,12 @@ class AdapterCache:
         )
 
     def _fetch_once(self, adapter: StoredAdapter, place: Path, stop: threading.Event) -> None:
+        refused = False
         if place.is_dir():
             try:
                 check_files(adapter.name, place, self._rules)
             except InvalidAdapterError:
-                # The copy may be what is damaged: the store has the last word.
-                shutil.rmtree(place)
+                refused = True  # the copy may be damaged: the store has the last word
             else:
                 return
         partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=self._folder))
@@ -141,6 +141,8 @@ class AdapterCache:
             self._store.fetch(adapter, partial, stop.is_set)
             check_files(adapter.name, partial, self._rules)
             partial.chmod(0o755)
+            if refused:  # only now: refused by our rules alone, it may be another router's to use
+                shutil.rmtree(place)
             try:
                 partial.rename(place)
             except OSError:

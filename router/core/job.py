@@ -62,6 +62,7 @@ class Outcome(StrEnum):
     LOAD_FAILED = "load_failed"
     WORKER_FAILED = "worker_failed"
     WORKER_STALLED = "worker_stalled"
+    ROUTER_FAILED = "router_failed"
     SHUTTING_DOWN = "shutting_down"
 
     @property

@@ -208,6 +208,11 @@ class Frontend:
         exchange = Exchange(self, request, body, head, model, adapter, path)
         try:
             return await exchange.run()
+        except ApiError:
+            raise
+        except Exception:
+            exchange.outcome = Outcome.ROUTER_FAILED
+            raise
         finally:
             self._in_flight -= 1
             if not self._in_flight:

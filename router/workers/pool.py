@@ -89,8 +89,7 @@ class WorkerPool:
         attached = self._llm.engine == "attached"
         if not attached:
             self._folder = _socket_folder()
-        count = len(self._llm.attach) if attached else self._llm.replicas
-        for number in range(count):
+        for number in range(self._llm.replicas):
             worker_id = f"{self._llm.model_id}-{number}"
             first: asyncio.Future[None] = loop.create_future()
             self._first_start.append(first)

@@ -126,6 +126,7 @@ async def test_what_is_on_disk_is_checked_by_the_rules_that_hold_now(
     later = AdapterCache(store, tmp_path / "cache", stricter, timeout_s=5, max_tries=1)
     with pytest.raises(LoadError, match="its rank is 8, but max_lora_rank is 4"):
         await later.folder_of(found(store))
+    assert in_place(tmp_path) == [f"a@{found(store).version}"], "another router may use it"
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut"])
