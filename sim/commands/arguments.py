@@ -1,0 +1,125 @@
+"""What several commands ask for in the same words: numbers, the workload, the files they write."""
+
+import argparse
+import os
+from pathlib import Path
+
+from router.config import ConfigError
+from router.core.policies import POLICIES
+from sim.workload import DEFAULT_LOCALITY
+
+DEFAULT_CONFIG = Path(__file__).parents[1] / "default.yaml"
+
+
+def add_workload(command: argparse.ArgumentParser) -> None:
+    """The trace, the configuration, and how the trace is to be read."""
+    command.add_argument("trace", type=Path, metavar="TRACE", help="a .jsonl or .csv trace")
+    command.add_argument(
+        "--config",
+        type=Path,
+        default=DEFAULT_CONFIG,
+        metavar="FILE",
+        help="the router's configuration; without it, four H100 workers of 16 slots",
+    )
+    command.add_argument("--workers", type=positive, help="instead of min_replicas")
+    command.add_argument(
+        "--adapters",
+        type=natural,
+        default=0,
+        metavar="N",
+        help="give requests that name no adapter one of N",
+    )
+    command.add_argument(
+        "--locality",
+        type=share,
+        default=DEFAULT_LOCALITY,
+        metavar="P",
+        help="how often a request asks for a recently used adapter again, 0 to 1 "
+        f"(default {DEFAULT_LOCALITY}; 0 draws independently)",
+    )
+    command.add_argument(
+        "--zipf",
+        type=not_negative,
+        default=1.0,
+        metavar="S",
+        help="exponent of the adapters' popularity (default 1)",
+    )
+    command.add_argument(
+        "--speed",
+        type=above_zero,
+        default=1.0,
+        metavar="X",
+        help="let requests come X times as fast (default 1)",
+    )
+    command.add_argument("--limit", type=positive, metavar="N", help="replay the first N requests")
+    command.add_argument(
+        "--slo-ttft", type=above_zero, default=2.0, metavar="S", help="first token in S seconds"
+    )
+    command.add_argument(
+        "--slo-itl", type=above_zero, default=0.1, metavar="S", help="S seconds between tokens"
+    )
+
+
+def add_policy(command: argparse.ArgumentParser) -> None:
+    """One policy and one seed."""
+    command.add_argument(
+        "--policy", choices=sorted(POLICIES), help="instead of the configuration's"
+    )
+    command.add_argument("--seed", type=int, default=0, help="for every random choice (default 0)")
+
+
+def check_writable(option: str, path: Path | None) -> None:
+    """Find out before the run what would lose its result. Raises `ConfigError`."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ConfigError(f"{option}: {path} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option}: there is no folder {path.parent}; make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{option}: {path} cannot be written; name another file")
+
+
+def _whole(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number") from None
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text} is below {least}")
+    return value
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    return _whole(text, 1)
+
+
+def natural(text: str) -> int:
+    """A whole number, 0 or above."""
+    return _whole(text, 0)
+
+
+def _number(text: str, least: float, most: float) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a number") from None
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"{text} is not between {least:g} and {most:g}")
+    return value
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    return _number(text, 0, 1)
+
+
+def not_negative(text: str) -> float:
+    """A number from 0 to 100."""
+    return _number(text, 0, 100)
+
+
+def above_zero(text: str) -> float:
+    """A positive number of sensible size."""
+    return _number(text, 1e-6, 1e6)

@@ -1,0 +1,114 @@
+"""`python -m sim replay TRACE`: what the router would have done with this traffic, and how fast."""
+
+import argparse
+import itertools
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from router.config import load
+from sim.commands import arguments as shared
+from sim.replay import Options, Replay
+from sim.report.page import render
+from sim.report.summary import Slo
+from sim.report.table import print_result
+from sim.traces import read, scan
+
+if TYPE_CHECKING:
+    from sim.commands import Commands
+
+# getrusage counts kibibytes on Linux and bytes on macOS.
+RSS_UNITS_PER_MIB = 2**20 if sys.platform == "darwin" else 2**10
+
+
+def add(commands: "Commands") -> None:
+    """Describe the command."""
+    command = commands.add_parser(
+        "replay",
+        help="replay a trace and print latencies, hits, loads and goodput",
+        description=(
+            "Replay a trace through the production router over simulated vLLM workers. Traces are "
+            "JSON lines (timestamp in ms, input_length, output_length, extra.model) or Azure's CSV."
+        ),
+        epilog=(
+            "example: python -m sim replay azure.csv --adapters 200 --seed 1 "
+            "--json out.json --report out.html"
+        ),
+    )
+    shared.add_workload(command)
+    shared.add_policy(command)
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the result here as JSON")
+    command.add_argument("--report", type=Path, metavar="FILE", help="write an HTML page here")
+    command.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace, errors: Console) -> int:
+    """Replay, print, write what was asked for; return the exit status."""
+    result = replay(arguments, errors)
+    print_result(Console(), result)
+    if result["unfinished"]:
+        errors.print(f"error: {result['unfinished']} requests never ended", style="red")
+        return 1
+    return 0
+
+
+def replay(arguments: argparse.Namespace, errors: Console) -> dict[str, Any]:
+    """Run one replay and write its files."""
+    config = load(arguments.config)
+    for option, path in (("--json", arguments.json), ("--report", arguments.report)):
+        shared.check_writable(option, path)
+    summary = scan(arguments.trace, limit=arguments.limit)
+    rows = itertools.islice(read(arguments.trace), arguments.limit)
+    options = Options(
+        policy=arguments.policy or config.router.policy,
+        seed=arguments.seed,
+        workers=arguments.workers,
+        adapters=arguments.adapters,
+        locality=arguments.locality,
+        zipf=arguments.zipf,
+        speed=arguments.speed,
+        slo=Slo(ttft_s=arguments.slo_ttft, itl_s=arguments.slo_itl),
+    )
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=errors, transient=True) as progress:
+        task = progress.add_task(f"replaying {arguments.trace.name}", total=summary.requests)
+        started = time.perf_counter()
+        simulation = Replay(
+            config,
+            rows,
+            options,
+            models=summary.models,
+            progress=lambda ended: progress.update(task, completed=ended),
+        )
+        result = simulation.run()
+        wall_s = time.perf_counter() - started
+    assert result["requests"] == summary.requests
+    result["sim"] |= {
+        "wall_s": wall_s,
+        "requests_per_wall_s": summary.requests / wall_s,
+        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / RSS_UNITS_PER_MIB,
+    }
+    if arguments.json is not None:
+        text = json.dumps(result, indent=2, allow_nan=False)
+        arguments.json.write_text(text + "\n", encoding="utf-8")
+    if arguments.report is not None:
+        page = render(result, simulation.latencies, f"Replay of {arguments.trace.name}")
+        arguments.report.write_text(page, encoding="utf-8")
+    return result
