@@ -25,7 +25,8 @@ from engine_worker import protocol
 from engine_worker.options import WorkerOptions
 from engine_worker.protocol import AdapterId, Info
 from engine_worker.service import StateFeed, WorkerError, WorkerService
-from sim.engine import EngineLimits, EngineRequest, SimEngine
+from sim.engine import EngineRequest, SimEngine, engine_limits
+from sim.environment import Environment
 from sim.latency import CalibrationError, LatencyModel, read_calibration
 from sim.pace import Pacer
 
@@ -193,18 +194,13 @@ class EmulatedWorker:
     """The engine model, its pacer, and the routes."""
 
     def __init__(self, options: WorkerOptions) -> None:
-        given = {
-            name: options.engine_kwargs[name]
-            for name in EngineLimits.__struct_fields__
-            if options.engine_kwargs.get(name) is not None
-        }
-        limits = msgspec.convert(given, EngineLimits)
+        calibration = read_calibration(options.calibration or "emulated")
+        limits = engine_limits(options.engine_kwargs, calibration.defaults)
         with_lora = bool(options.engine_kwargs.get("enable_lora"))
         slots = limits.max_loras if with_lora else 0
-        calibration = read_calibration(options.calibration or "emulated")
         latency = LatencyModel(calibration, slots=slots, rank_max=limits.max_lora_rank)
         self._model_id = options.model_id
-        self._env = simpy.Environment()
+        self._env = Environment()
         self._pacer = Pacer(self._env)
         self._feed = StateFeed()
         self._engine = SimEngine(self._env, latency, limits, on_change=self._report, jump=False)
@@ -352,18 +348,18 @@ class EmulatedWorker:
         come: asyncio.Queue[None] = asyncio.Queue()
         self._pacer.catch_up()
         engine_request = EngineRequest(
-            self._env,
             adapter=adapter,
             prompt_tokens=prompt_tokens,
             output_tokens=tokens,
             on_token=lambda: come.put_nowait(None),
         )
-        if not self._engine.submit(engine_request):
+        if not self._engine.fits(engine_request):
             raise WorkerError(
                 400,
                 f"{prompt_tokens} prompt tokens and {tokens} to generate are more than this "
                 f"model's context of {self._max_model_len}",
             )
+        self._engine.submit(engine_request)
         self._pacer.arm()
         try:
             for number in range(tokens):

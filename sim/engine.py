@@ -1,97 +1,156 @@
-"""A continuous-batching engine as a SimPy process: what vLLM's scheduler does, step by step.
+"""A continuous-batching engine: what vLLM v1's scheduler does, as events of a SimPy environment.
 
 One step takes every running request one token further and spends what is left of the token budget
-on prompts, in chunks. Requests wait in order; one whose adapter would be one too many in the batch
-is passed by, as vLLM does. Memory for a request's whole length is set aside when it is admitted.
+on prompts, in chunks, the running ones first (`Scheduler.schedule` of vLLM 0.32):
+  - a running request that needs a KV block takes one; where none is left, the request admitted last is
+    preempted: it loses its blocks, goes to the front of the queue and is computed again;
+  - after a step without preemption, waiting requests are admitted in order while there is budget, a
+    place among `max_num_seqs`, and memory for the whole prompt; one whose adapter would be one too many
+    in the batch is passed by, however long it has waited;
+  - what a request's prompt shares with a cached prefix under the same adapter is not computed again.
 A load happens between two steps and stalls them all.
 
-When a batch can only decode until its next completion, the steps up to there are taken as one event:
-nothing but an arrival, a load or an abort can change them, and those end it at a step's boundary.
+Steps in which nothing changes are taken as one event: a batch that only decodes goes on to its next
+completion, to the last step that memory allows, or until an arrival, a load or an abort ends it at a
+step's boundary. This is exact: times are whole picoseconds since the engine last began to work, and
+`jump=False`, which takes every step by itself, gives the same moments to the last bit.
 
-The process knows only its environment: the simulator's virtual one, or one that is paced by the
-real clock (the emulated engine of `engine_worker`).
+The engine knows only its environment: the simulator's virtual one, or one that is paced by the real
+clock (the emulated engine of `engine_worker`). Not modelled: speculative decoding, pipeline stages,
+several partial prefills at once, priorities inside the engine.
 """
 
 import heapq
+import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Generator, Hashable
-from typing import Annotated, Final
+from collections.abc import Callable, Hashable, Mapping
+from enum import Enum, auto
+from typing import Annotated, Any, Final
 
 import msgspec
 import simpy
 
-from sim.latency import LatencyModel
+from sim.environment import Environment
+from sim.kv import Holding, KVBlocks
+from sim.latency import PICOSECOND, EngineDefaults, LatencyModel, pairs_of, picoseconds
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
+SEGMENT_TOKENS: Final = 512  # what a hash id of the Mooncake traces stands for
 
 
 class EngineLimits(msgspec.Struct, frozen=True):
-    """The engine arguments that the model knows, with vLLM's names and defaults."""
+    """The engine arguments that the model knows, with vLLM's names.
+
+    The defaults are vLLM's for a small accelerator; a calibration has those of its machine.
+    """
 
     max_num_seqs: Positive = 256
-    max_num_batched_tokens: Positive = 8192
+    max_num_batched_tokens: Positive = 2048
     max_loras: Positive = 1
     max_cpu_loras: Annotated[int, msgspec.Meta(ge=0)] = 0
     max_lora_rank: Positive = 16
     max_model_len: Positive = 131072
+    block_size: Positive = 16
+    num_gpu_blocks_override: Annotated[int, msgspec.Meta(ge=0)] = 0
+    enable_prefix_caching: bool = True
+    async_scheduling: bool = False
+
+
+def engine_limits(arguments: Mapping[str, Any], defaults: EngineDefaults) -> EngineLimits:
+    """The arguments of an engine that the model knows; the others do not change its timing.
+
+    Raises `msgspec.ValidationError` where one is of a wrong kind.
+    """
+    given = msgspec.structs.asdict(defaults)
+    given.update((name, value) for name, value in arguments.items() if value is not None)
+    known = {name: given[name] for name in EngineLimits.__struct_fields__ if name in given}
+    return msgspec.convert(known, EngineLimits)
 
 
 class EngineRequest:
-    """One request inside the engine. `done` succeeds when its last token is out, or on abort."""
+    """One request inside the engine. `on_done` is called when its last token is out, or on abort.
+
+    `hash_ids` name the stretches of its prompt (see sim/kv.py). Times are virtual seconds.
+    """
 
     __slots__ = (
         "aborted",
         "adapter",
-        "arrived",
-        "done",
+        "computed",
         "end_tick",
         "finished",
         "first_token",
+        "hash_ids",
+        "holding",
+        "join_tick",
+        "on_done",
         "on_token",
+        "order",
         "output_tokens",
-        "prompt_left",
+        "preemptions",
         "prompt_tokens",
+        "ready_step",
+        "target",
     )
 
     def __init__(
         self,
-        env: simpy.Environment,
         *,
         adapter: Hashable | None,
         prompt_tokens: int,
         output_tokens: int,
+        hash_ids: tuple[int, ...] = (),
         on_token: Callable[[], None] | None = None,
+        on_done: Callable[["EngineRequest"], None] | None = None,
     ) -> None:
         self.adapter = adapter
-        self.prompt_tokens = max(1, prompt_tokens)
-        self.output_tokens = max(1, output_tokens)
-        self.prompt_left = self.prompt_tokens
-        self.done = env.event()
-        self.arrived = env.now
+        self.prompt_tokens = prompt_tokens if prompt_tokens > 0 else 1
+        self.output_tokens = output_tokens if output_tokens > 0 else 1
+        self.hash_ids = hash_ids
+        self.on_token = on_token
+        self.on_done = on_done
         self.first_token: float | None = None
         self.finished: float | None = None
         self.aborted = False
+        self.preemptions = 0
+        self.target = self.prompt_tokens  # tokens to compute before the next one is sampled
+        self.computed = 0  # of these, how many are
+        self.holding = Holding()
+        self.order = 0
+        self.ready_step = 0
+        self.join_tick = -1  # the step after which it decodes; -1 while it does not
         self.end_tick = 0
-        self.on_token = on_token
 
     @property
-    def kv_tokens(self) -> int:
-        """What it needs of the KV memory at its longest."""
-        return self.prompt_tokens + self.output_tokens
+    def ended(self) -> bool:
+        """Whether it is finished or aborted."""
+        return self.aborted or self.finished is not None
 
 
 class EngineCounters(msgspec.Struct):
-    """What an engine did in all."""
+    """What an engine did in all. Times in seconds."""
 
     requests: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     output_tokens: int = 0
     steps: int = 0
-    busy_s: float = 0.0
-    stalled_s: float = 0.0
+    preemptions: int = 0
+    busy_ps: int = 0
+    stalled_ps: int = 0
     loads: int = 0
     running_peak: int = 0
     waiting_peak: int = 0
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds in steps."""
+        return self.busy_ps * PICOSECOND
+
+    @property
+    def stalled_s(self) -> float:
+        """Seconds in which a load held the batch up."""
+        return self.stalled_ps * PICOSECOND
 
 
 class _Load:
@@ -103,19 +162,28 @@ class _Load:
         self.done = done
 
 
+class _Doing(Enum):
+    IDLE = auto()
+    WAKING = auto()  # something has come; at the end of this moment the engine begins
+    STEPPING = auto()
+    LOADING = auto()
+
+
 class SimEngine:
     """One engine. `submit`, `abort`, `load` and `unload` are its interface; all return at once.
 
-    `on_change` is called when what a worker would report has changed. `jump` allows steps in which
-    nothing changes to be taken as one event; it is off where every token must be seen in its time.
+    `on_change` is called when what a worker reports may have changed: after its steps, as in vLLM,
+    and when its adapters move. `jump` allows steps in which nothing changes to be taken as one event;
+    it is off where every token must be seen in its time.
     """
 
     def __init__(
         self,
-        env: simpy.Environment,
+        env: Environment,
         latency: LatencyModel,
         limits: EngineLimits,
         *,
+        segment_tokens: int = SEGMENT_TOKENS,
         on_change: Callable[[], None] | None = None,
         jump: bool = True,
     ) -> None:
@@ -125,21 +193,40 @@ class SimEngine:
         self.counters = EngineCounters()
         self.gpu: OrderedDict[Hashable, None] = OrderedDict()
         self.host: OrderedDict[Hashable, None] = OrderedDict()
+        self.adapters_seq = 0  # rises with every change of the two
         self.host_slots: Final = max(limits.max_cpu_loras, limits.max_loras + 1)
+        blocks = limits.num_gpu_blocks_override or latency.kv_tokens // limits.block_size
+        self.kv = KVBlocks(
+            max(1, blocks),
+            limits.block_size,
+            caching=limits.enable_prefix_caching,
+            segment_tokens=segment_tokens,
+        )
+        self._rank = env.next_rank()
         self._on_change = on_change
         self._jump = jump
         self._waiting: deque[EngineRequest] = deque()
-        self._prefilling: list[EngineRequest] = []
         self._decoding: list[tuple[int, int, EngineRequest]] = []  # a heap by the last tick
+        self._grows = [0] * limits.block_size  # who decodes, by the tick at which a block is needed
+        self._context = 0  # tokens that the decoding requests read in the coming step
+        self._prefilling: list[EngineRequest] = []  # the last of them may take several steps
         self._running = 0
         self._batch_adapters: dict[Hashable, int] = {}
         self._loads: deque[_Load] = deque()
-        self._kv_free = latency.kv_tokens
-        self._tick = 0
+        self._aborted: list[EngineRequest] = []
+        self._doing = _Doing.IDLE
+        self._due: simpy.Event | None = None
+        self._tick = 0  # steps taken
         self._order = 0
-        self._idle: simpy.Event | None = None
-        self._interrupt: simpy.Event | None = None
-        self._process = env.process(self._run())
+        # The span of steps under way: how many, what the first takes and each further one more, and
+        # the chunks of prompts in it.
+        self._since = 0.0
+        self._elapsed_ps = 0
+        self._span = 0
+        self._span_ps = 0
+        self._first_ps = 0
+        self._rise_ps = 0
+        self._chunks: list[tuple[EngineRequest, int]] = []
 
     # What a worker reports.
 
@@ -150,209 +237,374 @@ class SimEngine:
 
     @property
     def waiting(self) -> int:
-        """Requests not yet admitted."""
+        """Requests not yet admitted, or preempted."""
         return len(self._waiting)
 
     @property
     def kv_usage(self) -> float:
-        """Share of the KV memory that is set aside, 0 to 1."""
-        return 1.0 - self._kv_free / self.latency.kv_tokens
+        """Share of the KV blocks that running requests hold, 0 to 1, as of the last boundary."""
+        return 1.0 - self.kv.free / self.kv.total
 
     # What can be asked of it.
 
-    def submit(self, request: EngineRequest) -> bool:
-        """Queue a request; False where it could never fit, and it is not queued."""
-        if request.kv_tokens > min(self.latency.kv_tokens, self.limits.max_model_len):
-            return False
-        self.counters.requests += 1
-        self._waiting.append(request)
-        self.counters.waiting_peak = max(self.counters.waiting_peak, len(self._waiting))
-        self._awaken()
-        self._changed()
-        return True
+    def fits(self, request: EngineRequest) -> bool:
+        """Whether it could ever be served: its length, and its memory at the end."""
+        length = request.prompt_tokens + request.output_tokens
+        return length <= self.limits.max_model_len and self.kv.blocks_for(length) <= self.kv.total
+
+    def submit(self, request: EngineRequest) -> None:
+        """Queue a request, which fits."""
+        counters = self.counters
+        counters.requests += 1
+        waiting = self._waiting
+        # An engine that schedules asynchronously has already planned the step after this one.
+        lag = 1 + self.limits.async_scheduling if self._doing is _Doing.STEPPING else 0
+        step = self._current_tick() + lag
+        if waiting and waiting[-1].ready_step > step:
+            step = waiting[-1].ready_step
+        request.ready_step = step
+        waiting.append(request)
+        counters.waiting_peak = max(counters.waiting_peak, len(waiting))
+        self._awaken(step)
 
     def abort(self, request: EngineRequest) -> None:
-        """The client is gone: free what the request holds. Harmless after its end."""
-        if request.done.triggered:
+        """The client is gone: it leaves the batch at the next boundary. Harmless after its end."""
+        if request.ended:
             return
         request.aborted = True
         if request in self._waiting:
             self._waiting.remove(request)
         else:
-            if request in self._prefilling:
-                self._prefilling.remove(request)
-            else:
-                self._decoding = [item for item in self._decoding if item[2] is not request]
-                heapq.heapify(self._decoding)
-            self._leave_batch(request)
-        request.done.succeed()
-        self._awaken()
-        self._changed()
+            self._aborted.append(request)
+            self._awaken(self._current_tick() + 1)
+        if request.on_done is not None:
+            request.on_done(request)
 
     def load(self, adapter: Hashable, evict: Hashable | None = None) -> simpy.Event:
         """Bring an adapter into a GPU slot, then drop `evict`; the event is its completion."""
         done = self.env.event()
         self._loads.append(_Load(adapter, evict, done))
-        self._awaken()
+        self._awaken(self._current_tick() + 1)
         return done
 
     def evict(self, adapter: Hashable) -> None:
         """Drop an adapter from its GPU slot; it stays in host memory for as long as that lasts."""
         self.gpu.pop(adapter, None)
+        self.adapters_seq += 1
         self._changed()
 
     def unload(self, adapter: Hashable) -> None:
         """Drop an adapter from its GPU slot and from host memory."""
         self.gpu.pop(adapter, None)
         self.host.pop(adapter, None)
+        self.adapters_seq += 1
         self._changed()
 
-    # The process.
+    # Moments.
 
-    def _run(self) -> Generator[simpy.Event, None, None]:
+    def _steps_ps(self, steps: int) -> int:
+        """How long the first `steps` of this span take: each takes `_rise_ps` more than the last."""
+        return steps * self._first_ps + self._rise_ps * (steps * (steps - 1) // 2)
+
+    def _end_span_after(self, steps: int) -> None:
+        """Let this span have so many steps: the boundary planned before is void."""
+        self._span = steps
+        self._span_ps = self._steps_ps(steps)
+        moment = self._since + (self._elapsed_ps + self._span_ps) * PICOSECOND
+        self._due = self.env.at(moment, self._reached, self._rank)
+
+    def _awaken(self, tick: int) -> None:
+        """Something has come that the step of that number is to see."""
+        match self._doing:
+            case _Doing.IDLE:
+                self._doing = _Doing.WAKING
+                self._due = self.env.at(self.env.now, self._reached, self._rank)
+            case _Doing.STEPPING:
+                steps = tick - self._tick
+                if steps < self._span:
+                    self._end_span_after(steps)
+            case _Doing.WAKING | _Doing.LOADING:
+                pass
+
+    def _current_tick(self) -> int:
+        """The number of the step that is under way now: the boundary before it has passed."""
+        if self._doing is not _Doing.STEPPING or self._span == 1:
+            return self._tick
+        return self._tick + self._whole_steps()
+
+    def _whole_steps(self) -> int:
+        """How many steps of this span have ended by now. Their last boundary may be this moment."""
+        now = self.env.now
+        # A boundary at this very moment has passed if one of a later rank was reached in it.
+        moment, rank = self.env.passed
+        passed_now = moment == now and rank > self._rank
+        left_ps = round((now - self._since) / PICOSECOND) - self._elapsed_ps
+        first, rise = self._first_ps, self._rise_ps
+        if rise:
+            half = first / rise - 0.5
+            steps = int(math.sqrt(half * half + 2 * max(0, left_ps) / rise) - half)
+        else:
+            steps = max(0, left_ps) // first
+        steps = min(max(steps, 0), self._span - 1)
+        # The estimate is rounded; the boundary that counts is the one that would be scheduled.
+        while steps < self._span - 1 and self._has_passed(steps + 1, now, passed_now=passed_now):
+            steps += 1
+        while steps > 0 and not self._has_passed(steps, now, passed_now=passed_now):
+            steps -= 1
+        return steps
+
+    def _has_passed(self, steps: int, now: float, *, passed_now: bool) -> bool:
+        boundary = self._since + (self._elapsed_ps + self._steps_ps(steps)) * PICOSECOND
+        return boundary < now or (boundary == now and passed_now)
+
+    def _reached(self, event: simpy.Event) -> None:
+        """A boundary: end what was under way, then begin what is next."""
+        if event is not self._due:  # planned before something came in between
+            return
         env = self.env
-        while True:
-            while self._loads:
-                load = self._loads.popleft()
-                stall_s = self._load_s(load.adapter)
-                if stall_s:
-                    self.counters.stalled_s += stall_s
-                    yield env.timeout(stall_s)
-                self._install(load)
-            self._admit()
-            if not self._running:
-                self._idle = env.event()
-                yield self._idle
-                self._idle = None
-                continue
-            chunks, prefilled = self._chunks()
-            step_s = self.latency.step_s(self._running, prefilled, len(self._batch_adapters))
-            steps = 1
-            if self._jump and not chunks:
-                steps = self._decoding[0][0] - self._tick
-            if steps == 1:
-                yield env.timeout(step_s)
-                self._advance(1, step_s, chunks)
-                continue
-            started = env.now
-            self._interrupt = interrupt = env.event()
-            end = env.timeout(steps * step_s, interrupt)
-            end.callbacks.append(self._end_of_jump)
-            yield interrupt
-            self._interrupt = None
-            whole = int((env.now - started) / step_s)
-            if whole < steps:
-                boundary = started + (whole + 1) * step_s
-                yield env.timeout(max(0.0, boundary - env.now))
-                whole += 1
-            self._advance(min(whole, steps), step_s, chunks)
+        now = env.now
+        moment, rank = env.passed
+        env.passed = (now, max(rank, self._rank) if moment == now else self._rank)
+        doing, self._doing = self._doing, _Doing.WAKING
+        match doing:
+            case _Doing.STEPPING:
+                self._advance()
+            case _Doing.LOADING:
+                self._install(self._loads.popleft())
+            case _Doing.WAKING:
+                self._since = now
+                self._elapsed_ps = 0
+            case _Doing.IDLE:  # pragma: no cover  (nothing is due then)
+                raise AssertionError("an idle engine has no boundary")
+        self._begin()
 
-    @staticmethod
-    def _end_of_jump(end: simpy.Event) -> None:
-        interrupt = end.value
-        assert interrupt is not None
-        if not interrupt.triggered:
-            interrupt.succeed()
+    def _begin(self) -> None:
+        """Begin the next load or the next span of steps, or fall idle."""
+        while self._loads:
+            stall_ps = self._load_ps(self._loads[0].adapter)
+            if stall_ps:
+                self._doing = _Doing.LOADING
+                self._elapsed_ps += stall_ps
+                self.counters.stalled_ps += stall_ps
+                moment = self._since + self._elapsed_ps * PICOSECOND
+                self._due = self.env.at(moment, self._reached, self._rank)
+                return
+            self._install(self._loads.popleft())
+        if self._aborted:
+            self._drop_aborted()
+        if not (self._running or self._waiting):
+            self._doing = _Doing.IDLE
+            self._due = None
+            return
+        self._doing = _Doing.STEPPING
+        self._end_span_after(self._plan())
 
-    def _awaken(self) -> None:
-        for event in (self._idle, self._interrupt):
-            if event is not None and not event.triggered:
-                event.succeed()
+    # One step, and many.
 
-    def _changed(self) -> None:
-        if self._on_change is not None:
-            self._on_change()
+    def _plan(self) -> int:
+        """Decide what the next step computes; return for how many steps that stays so."""
+        kv, limits = self.kv, self.limits
+        chunks = self._chunks = []
+        preempted = False
+        decoding = len(self._decoding)
+        budget = limits.max_num_batched_tokens - decoding
+        growth = self._grows[self._tick % limits.block_size]
+        partial = self._prefilling[0] if self._prefilling else None
+        wanted = 0
+        if partial is not None:
+            wanted = self._blocks_wanted(partial, min(budget, partial.target - partial.computed))
+        if growth + wanted > kv.free:
+            preempted = True
+            self._preempt(budget)
+            decoding = len(self._decoding)
+            budget = limits.max_num_batched_tokens - decoding
+        elif growth:
+            kv.take(growth)
+        stall_ps = tokens = pairs = 0
+        if not self._running:  # nothing was planned ahead
+            for request in self._waiting:
+                request.ready_step = self._tick
+        if self._prefilling:
+            tokens, pairs = self._chunk(self._prefilling[0], budget)
+        if self._waiting and not preempted and tokens < budget:
+            more, more_pairs, stall_ps = self._admit(budget - tokens)
+            tokens += more
+            pairs += more_pairs
+        running, adapters = self._running, len(self._batch_adapters)
+        latency = self.latency
+        self._rise_ps = latency.context_ps * decoding
+        self._first_ps = latency.decode_ps(running, adapters) + latency.context_ps * self._context
+        if chunks:
+            self._first_ps += latency.prefill_ps(tokens, pairs, adapters) + stall_ps
+            return 1
+        return 1 if preempted or not self._jump else self._steps_ahead()
 
-    # One step.
-
-    def _admit(self) -> None:
-        """Move waiting requests into the batch, in order, for as long as there is room."""
-        limits, waiting = self.limits, self._waiting
-        passed: list[EngineRequest] = []
-        # A prompt that is under way takes the whole budget until it is done.
-        while waiting and self._running < limits.max_num_seqs and self._budget() > 0:
-            request = waiting.popleft()
-            adapter = request.adapter
-            if (
-                adapter is not None
-                and adapter not in self._batch_adapters
-                and len(self._batch_adapters) >= limits.max_loras
-            ):
-                passed.append(request)
-                continue
-            if request.kv_tokens > self._kv_free:
-                waiting.appendleft(request)
+    def _steps_ahead(self) -> int:
+        """For how many steps nothing changes: to the next completion, or while memory lasts."""
+        steps = self._decoding[0][0] - self._tick
+        # This step was planned too early for the last to come: the first one that may see them is not.
+        for request in reversed(self._waiting):
+            if request.ready_step <= self._tick:
                 break
-            self._kv_free -= request.kv_tokens
-            self._running += 1
-            if adapter is not None:
-                self._batch_adapters[adapter] = self._batch_adapters.get(adapter, 0) + 1
-                if adapter in self.gpu:
-                    self.gpu.move_to_end(adapter)
-                    self.host.move_to_end(adapter)
-            self._prefilling.append(request)
-        waiting.extendleft(reversed(passed))
-        self.counters.running_peak = max(self.counters.running_peak, self._running)
-
-    def _budget(self) -> int:
-        """Prompt tokens that the coming step has room for."""
-        planned = len(self._decoding) + sum(request.prompt_left for request in self._prefilling)
-        return self.limits.max_num_batched_tokens - planned
-
-    def _chunks(self) -> tuple[list[tuple[EngineRequest, int]], int]:
-        """Share the token budget among the prompts, first come first served."""
-        budget = self.limits.max_num_batched_tokens - len(self._decoding)
-        chunks: list[tuple[EngineRequest, int]] = []
-        total = 0
-        for request in self._prefilling:
-            chunk = min(request.prompt_left, budget - total)
-            if chunk <= 0:
-                break
-            chunks.append((request, chunk))
-            total += chunk
-        return chunks, total
-
-    def _advance(self, steps: int, step_s: float, chunks: list[tuple[EngineRequest, int]]) -> None:
-        """The steps have been taken: hand out their tokens."""
-        counters, decoding = self.counters, self._decoding
-        self._tick += steps
-        counters.steps += steps
-        counters.busy_s += steps * step_s
-        counters.output_tokens += steps * len(decoding)
-        if not self._jump:
-            for _, _, request in sorted(decoding, key=lambda item: item[1]):
-                if request.on_token is not None:
-                    request.on_token()
-        while decoding and decoding[0][0] <= self._tick:
-            self._finish(heapq.heappop(decoding)[2])
-        for request, chunk in chunks:
-            if request.aborted:
-                continue
-            request.prompt_left -= chunk
-            counters.prompt_tokens += chunk
-            if request.prompt_left:
-                continue
-            self._prefilling.remove(request)
-            request.first_token = self.env.now
-            counters.output_tokens += 1
-            if request.on_token is not None:
-                request.on_token()
-            if request.output_tokens == 1:
-                self._finish(request)
+            steps = min(steps, request.ready_step - self._tick)
+        size, free = self.limits.block_size, self.kv.free
+        # The first step's blocks are taken already.
+        if len(self._decoding) * ((steps - 1) // size + 1) <= free:
+            return steps
+        if self._growth(self._tick + 1, steps - 1) <= free:
+            return steps
+        low, high = 1, steps  # memory lasts for `low` steps and not for `high`
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._growth(self._tick + 1, middle - 1) <= free:
+                low = middle
             else:
-                self._order += 1
-                request.end_tick = self._tick + request.output_tokens - 1
-                heapq.heappush(decoding, (request.end_tick, self._order, request))
+                high = middle
+        return low
+
+    def _growth(self, tick: int, steps: int) -> int:
+        """Blocks that decoding takes in `steps` steps from `tick` on."""
+        size, grows = self.limits.block_size, self._grows
+        rounds, rest = divmod(steps, size)
+        blocks = rounds * len(self._decoding)
+        if rest:
+            start = tick % size
+            blocks += sum(grows[start : start + rest])
+            if start + rest > size:
+                blocks += sum(grows[: start + rest - size])
+        return blocks
+
+    def _chunk(self, request: EngineRequest, budget: int) -> tuple[int, int]:
+        """Spend budget on a prompt: its tokens and pairs in this step. Its blocks are there."""
+        tokens = min(budget, request.target - request.computed)
+        wanted = self._blocks_wanted(request, tokens)
+        if wanted:
+            self.kv.take(wanted)
+            request.holding.private += wanted
+        self._chunks.append((request, tokens))
+        end = request.computed + tokens
+        if request.hash_ids and self.limits.enable_prefix_caching:
+            self.kv.publish(
+                request.holding,
+                request.adapter,
+                request.hash_ids,
+                request.computed,
+                min(end, request.prompt_tokens),
+            )
+        return tokens, pairs_of(request.computed, tokens)
+
+    def _blocks_wanted(self, request: EngineRequest, tokens: int) -> int:
+        return self.kv.blocks_for(request.computed + tokens) - request.holding.blocks
+
+    def _admit(self, budget: int) -> tuple[int, int, int]:
+        """Admit waiting requests, in order, while there is room: their tokens, pairs and stall."""
+        limits, kv, waiting, batch = self.limits, self.kv, self._waiting, self._batch_adapters
+        passed: list[EngineRequest] = []
+        tokens = pairs = stall_ps = 0
+        while waiting and tokens < budget and self._running < limits.max_num_seqs:
+            request = waiting[0]
+            if request.ready_step > self._tick:
+                break
+            adapter = request.adapter
+            if adapter is not None and adapter not in batch and len(batch) >= limits.max_loras:
+                passed.append(waiting.popleft())
+                continue
+            holding = request.holding
+            wanted = kv.blocks_for(request.target)
+            if request.hash_ids or holding.parked is not None:
+                found, shared, idle = kv.lookup(
+                    adapter, request.hash_ids, request.target, holding.parked
+                )
+                if wanted - shared + idle > kv.free:
+                    break
+                holding.parked = None
+                if found:
+                    kv.share(holding, found, shared)
+                    request.computed = shared * limits.block_size
+                    self.counters.cached_tokens += request.computed
+            elif wanted > kv.free:
+                break
+            waiting.popleft()
+            self._running += 1
+            self._order += 1
+            request.order = self._order
+            if adapter is not None:
+                stall_ps += self._activate(adapter)
+                batch[adapter] = batch.get(adapter, 0) + 1
+            self._prefilling.append(request)
+            more, more_pairs = self._chunk(request, budget - tokens)
+            tokens += more
+            pairs += more_pairs
+        if passed:
+            waiting.extendleft(reversed(passed))
+        self.counters.running_peak = max(self.counters.running_peak, self._running)
+        return tokens, pairs, stall_ps
+
+    def _advance(self) -> None:
+        """The steps of this span have been taken: hand out their tokens."""
+        counters, decoding, steps = self.counters, self._decoding, self._span
+        self._elapsed_ps += self._span_ps
+        if steps > 1 and (growth := self._growth(self._tick + 1, steps - 1)):
+            self.kv.take(growth)
+        self._tick += steps
+        tick = self._tick
+        counters.steps += steps
+        counters.busy_ps += self._span_ps
+        if decoding:
+            count = len(decoding)
+            counters.output_tokens += steps * count
+            self._context += steps * count
+            if not self._jump:
+                for _, _, request in sorted(decoding, key=lambda item: item[1]):
+                    if request.on_token is not None and not request.aborted:
+                        request.on_token()
+            while decoding and decoding[0][0] <= tick:
+                self._finish(heapq.heappop(decoding)[2])
+        for request, tokens in self._chunks:
+            counters.prompt_tokens += tokens
+            request.computed += tokens
+            if request.computed == request.target:
+                self._sampled_first(request)
         self._changed()
+
+    def _sampled_first(self, request: EngineRequest) -> None:
+        """The prompt is computed, and one token sampled: from the next step on it decodes."""
+        self._prefilling.remove(request)
+        self.counters.output_tokens += 1
+        if request.first_token is None:
+            request.first_token = self.env.now
+        if request.on_token is not None and not request.aborted:
+            request.on_token()
+        generated = request.target - request.prompt_tokens + 1
+        if generated == request.output_tokens:
+            self._finish(request)
+            return
+        request.join_tick = self._tick
+        request.end_tick = self._tick + request.output_tokens - generated
+        heapq.heappush(self._decoding, (request.end_tick, request.order, request))
+        self._grows[(self._tick - request.target) % self.limits.block_size] += 1
+        self._context += request.target + 1
 
     def _finish(self, request: EngineRequest) -> None:
-        request.finished = self.env.now
         self._leave_batch(request)
-        request.done.succeed()
+        if not request.aborted:
+            request.finished = self.env.now
+            if request.on_done is not None:
+                request.on_done(request)
 
-    def _leave_batch(self, request: EngineRequest) -> None:
+    def _leave_batch(self, request: EngineRequest, *, park: bool = False) -> None:
+        """Give back what it holds; it is in none of the lists any more."""
         self._running -= 1
-        self._kv_free += request.kv_tokens
+        request.order = 0
+        computed = request.computed
+        if request.join_tick >= 0:
+            decoded = self._tick - request.join_tick
+            computed = request.target + decoded
+            self._context -= computed + 1
+            self._grows[(request.join_tick - request.target) % self.limits.block_size] -= 1
+            holding = request.holding
+            holding.private = self.kv.blocks_for(computed) - holding.shared
+        self.kv.release(request.holding, tokens=computed, park=park)
         adapter = request.adapter
         if adapter is not None:
             left = self._batch_adapters[adapter] - 1
@@ -360,28 +612,115 @@ class SimEngine:
                 self._batch_adapters[adapter] = left
             else:
                 del self._batch_adapters[adapter]
+                if adapter in self.gpu:
+                    self.gpu.move_to_end(adapter)
+                    self.host.move_to_end(adapter)
+
+    def _preempt(self, budget: int) -> None:
+        """Memory is short: serve the running in their order, at the cost of the last ones.
+
+        The blocks of those who decode are taken here. A prompt under way is the last of the running,
+        so it is the first to go.
+        """
+        kv, size, tick = self.kv, self.limits.block_size, self._tick
+        running = sorted((item[2] for item in self._decoding), key=lambda item: item.order)
+        running.extend(self._prefilling)
+        index = 0
+        while index < len(running):
+            request = running[index]
+            if request.join_tick >= 0:
+                need = int((request.join_tick - request.target - tick) % size == 0)
+            else:
+                need = self._blocks_wanted(request, min(budget, request.target - request.computed))
+            while need > kv.free and index < len(running):
+                self._send_back(running.pop())
+            if index == len(running):
+                break
+            if request.join_tick >= 0:
+                kv.take(need)
+            index += 1
+
+    def _send_back(self, request: EngineRequest) -> None:
+        """Preempt: it will be computed again, with what it has generated so far."""
+        if request.join_tick >= 0:
+            self._decoding = [item for item in self._decoding if item[2] is not request]
+            heapq.heapify(self._decoding)
+        else:
+            self._prefilling.remove(request)
+        decoded = self._tick - request.join_tick if request.join_tick >= 0 else -1
+        self._leave_batch(request, park=self.limits.enable_prefix_caching)
+        request.target += decoded + 1
+        request.join_tick = -1
+        request.computed = 0
+        request.preemptions += 1
+        self.counters.preemptions += 1
+        self._waiting.appendleft(request)
+
+    def _drop_aborted(self) -> None:
+        for request in self._aborted:
+            if not request.order:  # it has left the batch by itself: preempted, or at its end
+                if request in self._waiting:
+                    self._waiting.remove(request)
+            elif request.join_tick >= 0:
+                self._decoding = [item for item in self._decoding if item[2] is not request]
+                heapq.heapify(self._decoding)
+                self._leave_batch(request)
+            else:
+                self._prefilling.remove(request)
+                self._leave_batch(request)
+        self._aborted.clear()
+
+    def _changed(self) -> None:
+        if self._on_change is not None:
+            self._on_change()
 
     # Adapters.
 
-    def _load_s(self, adapter: Hashable) -> float:
+    def _load_ps(self, adapter: Hashable) -> int:
         """How long the batch stands still for the load, by the tier that the adapter is in."""
         if adapter in self.gpu:
-            return 0.0
-        return self.latency.load_host_s if adapter in self.host else self.latency.load_disk_s
+            return 0
+        latency = self.latency
+        return picoseconds(latency.load_host_s if adapter in self.host else latency.load_disk_s)
 
-    def _install(self, load: _Load) -> None:
-        if load.adapter not in self.gpu:
+    def _activate(self, adapter: Hashable) -> int:
+        """A request is admitted: where its adapter is not in a slot, the step waits for it.
+
+        The engine then drops the least recently used adapter that the batch does not use.
+        """
+        stall_ps = self._load_ps(adapter)
+        if stall_ps:
             self.counters.loads += 1
-        self.gpu[load.adapter] = None
-        self.gpu.move_to_end(load.adapter)
-        self.host[load.adapter] = None
-        self.host.move_to_end(load.adapter)
-        if load.evict is not None:
-            self.gpu.pop(load.evict, None)
+            self.counters.stalled_ps += stall_ps
+            self.counters.busy_ps -= stall_ps
+            self._bring(adapter)
+        else:
+            self.gpu.move_to_end(adapter)
+            self.host.move_to_end(adapter)
+        return stall_ps
+
+    def _bring(self, adapter: Hashable) -> None:
+        """The adapter is in a slot now; who is one too many for its tier leaves it."""
+        for tier in (self.gpu, self.host):
+            tier[adapter] = None
+            tier.move_to_end(adapter)
+        if len(self.gpu) > self.limits.max_loras:
+            batch = self._batch_adapters
+            idle = (other for other in self.gpu if other != adapter and other not in batch)
+            if (oldest := next(idle, None)) is not None:
+                del self.gpu[oldest]
         while len(self.host) > self.host_slots:
-            oldest = next((adapter for adapter in self.host if adapter not in self.gpu), None)
-            if oldest is None:  # all of them are in slots, until an eviction that is on its way
+            oldest = next((other for other in self.host if other not in self.gpu), None)
+            if oldest is None:
                 break
             del self.host[oldest]
+        self.adapters_seq += 1
+
+    def _install(self, load: _Load) -> None:
+        if load.evict is not None:
+            self.gpu.pop(load.evict, None)
+        if load.adapter not in self.gpu:
+            self.counters.loads += 1
+        self._bring(load.adapter)
         load.done.succeed()
         self._changed()

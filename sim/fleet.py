@@ -1,18 +1,24 @@
-"""Simulated workers for the production router: engines, and the loader between the two.
+"""Simulated workers for the production router: engines, the loader, and reports that come late.
 
 A load has two parts, as in production. The adapter is fetched from the store once a host, however
 many workers want it, while their batches run on; then the engine takes it in, which stalls its batch.
+
+A worker reports itself at every change, and the router hears of it `staleness_s` later. Between two
+boundaries of an engine's steps nothing is reported: there, KV use alone would differ, by a few blocks.
 """
 
 import asyncio
-from typing import Any
+from collections import deque
 
 import msgspec
+import simpy
 
 from router.config import LLMConfig
-from router.core.fleet import Worker
+from router.core.fleet import Report, Worker
 from router.core.job import AdapterRef
-from sim.engine import EngineLimits, SimEngine
+from router.core.router import Router
+from sim.engine import EngineLimits, SimEngine, engine_limits
+from sim.environment import Environment
 from sim.latency import DEFAULT, LatencyModel, read_calibration
 from sim.loop import SimLoop
 
@@ -21,51 +27,111 @@ class EngineArgumentError(Exception):
     """`engine_kwargs` holds a value that the engine model cannot use."""
 
 
-def engine_limits(llm: LLMConfig) -> EngineLimits:
-    """The engine arguments that the model knows; the others do not change its timing.
+def engine_model(llm: LLMConfig) -> tuple[LatencyModel, EngineLimits]:
+    """The latency model and the limits that the configuration describes.
 
-    Raises `EngineArgumentError`.
+    Raises `EngineArgumentError` and `sim.latency.CalibrationError`.
     """
-    given: dict[str, Any] = llm.engine_arguments()
-    known = {
-        name: given[name] for name in EngineLimits.__struct_fields__ if given.get(name) is not None
-    }
+    calibration = read_calibration(llm.calibration or DEFAULT)
     try:
-        return msgspec.convert(known, EngineLimits)
+        limits = engine_limits(llm.engine_arguments(), calibration.defaults)
     except msgspec.ValidationError as error:
         raise EngineArgumentError(f"{llm.model_id}: engine_kwargs: {error}") from None
+    latency = LatencyModel(calibration, slots=llm.slots, rank_max=limits.max_lora_rank)
+    return latency, limits
 
 
-def latency_model(llm: LLMConfig) -> LatencyModel:
-    """The latency model that the configuration names. Raises `sim.latency.CalibrationError`."""
-    limits = engine_limits(llm)
-    calibration = read_calibration(llm.calibration or DEFAULT)
-    return LatencyModel(calibration, slots=llm.slots, rank_max=limits.max_lora_rank)
+class Reports:
+    """What the workers have said of themselves and the router has not yet heard.
+
+    The rule: the router knows a report from `staleness_s` after it on. Only a decision, or a change of
+    the adapters' ledger, can tell when it was told: so a report of mere load is handed over before the
+    next decision after its time (`due`), and one of adapters at its time.
+    """
+
+    def __init__(self, env: Environment, router: Router, staleness_s: float) -> None:
+        self._env = env
+        self._router = router
+        self._staleness_s = staleness_s
+        self._said: deque[tuple[float, Worker, Report]] = deque()
+
+    def say(self, worker: Worker, report: Report, *, adapters: bool) -> None:
+        """A worker reports; `adapters` says whether those have changed."""
+        moment = self._env.now + self._staleness_s
+        self._said.append((moment, worker, report))
+        if adapters:
+            self._env.at(moment, self._arrive)
+
+    def due(self) -> None:
+        """Hand over what has arrived by now."""
+        said, now = self._said, self._env.now
+        while said and said[0][0] <= now:
+            _, worker, report = said.popleft()
+            self._router.observe(worker, report)
+
+    def _arrive(self, _: simpy.Event) -> None:
+        self.due()
+
+
+class SimWorker:
+    """One worker: its engine, and what it last said of itself."""
+
+    def __init__(
+        self, env: Environment, worker: Worker, latency: LatencyModel, limits: EngineLimits
+    ) -> None:
+        self.worker = worker
+        self.engine = SimEngine(env, latency, limits, on_change=self._changed)
+        self.reports: Reports | None = None
+        self._said = Report()
+
+    def _changed(self) -> None:
+        engine, said = self.engine, self._said
+        running, waiting, seq = engine.running, engine.waiting, engine.adapters_seq
+        moved = seq != said.seq
+        if self.reports is None or not (
+            moved or running != said.running or waiting != said.waiting
+        ):
+            return
+        gpu, host = said.gpu, said.host
+        if moved:
+            gpu = tuple(item for item in engine.gpu if isinstance(item, AdapterRef))
+            host = tuple(
+                item
+                for item in engine.host
+                if item not in engine.gpu and isinstance(item, AdapterRef)
+            )
+        report = self._said = Report(seq, running, waiting, engine.kv_usage, gpu, host)
+        self.reports.say(self.worker, report, adapters=moved)
 
 
 class SimWorkers:
-    """The engines of one model, by worker id, and the `Loader` for them. All share one host."""
+    """The workers of one model, by id, and the `Loader` for them. All share one host."""
 
     def __init__(self, loop: SimLoop, llm: LLMConfig, count: int) -> None:
         self._loop = loop
-        self.latency = latency_model(llm)
-        limits = engine_limits(llm)
-        self.engines = {
-            f"{llm.model_id}-{number}": SimEngine(loop.env, self.latency, limits)
-            for number in range(count)
+        self.latency, limits = engine_model(llm)
+        self.by_id = {
+            worker.id: SimWorker(loop.env, worker, self.latency, limits)
+            for worker in (
+                Worker(
+                    f"{llm.model_id}-{number}",
+                    max_ongoing=llm.deployment_config.max_ongoing_requests,
+                    slots=llm.slots,
+                )
+                for number in range(count)
+            )
         }
-        self._on_disk: dict[AdapterRef, asyncio.Future[None]] = {}
+        self._fetches: dict[AdapterRef, asyncio.Task[None]] = {}
 
     async def load(self, worker: Worker, adapter: AdapterRef, evict: AdapterRef | None) -> int:
         """Fetch the adapter unless the host has it, then load it into the engine."""
-        engine = self.engines[worker.id]
+        engine = self.by_id[worker.id].engine
         if adapter not in engine.host:
-            fetched = self._on_disk.get(adapter)
-            if fetched is None:
-                fetched = self._on_disk[adapter] = self._loop.create_future()
-                await asyncio.sleep(self.latency.fetch_s)
-                fetched.set_result(None)
-            else:
-                await asyncio.shield(fetched)
+            fetch = self._fetches.get(adapter)
+            if fetch is None:
+                # A task of its own: who waits for it may be cancelled, the others still get it.
+                fetch = self._loop.create_task(asyncio.sleep(self.latency.fetch_s))
+                self._fetches[adapter] = fetch
+            await asyncio.shield(fetch)
         await self._loop.happens(engine.load(adapter, evict))
-        return 0
+        return engine.adapters_seq

@@ -2,13 +2,22 @@
 
 A calibration is a JSON file that says for each number where it comes from. The formulas are:
 
-    step_s  = (step_base_s + step_per_request_s × running) × lora + prefill_per_token_s × prefilled
-    lora    = 1 without an adapter in the batch, else lora_factor + lora_factor_per_adapter × adapters
-    kv      = kv_tokens - slots × (kv_tokens_per_slot + kv_tokens_per_slot_and_rank × rank_max)
-    load_s  = the tier's own time at rank_max, by straight lines between the ranks measured
+    step_s = (step_base_s + step_per_request_s × running) × lora
+             + kv_read_per_token_s × context
+             + (prefill_per_token_s × prefilled + prefill_per_pair_s × pairs) × prefill_lora
+    lora   = 1 without an adapter in the batch, else
+             lora_factor + lora_factor_per_adapter × adapters + lora_factor_per_rank × rank_max
+    kv     = kv_tokens - slots × (kv_tokens_per_slot + kv_tokens_per_slot_and_rank × rank_max)
+    load_s = the tier's own time at rank_max, by straight lines between the ranks measured
 
-The shape of the first and third is that of the GPU LLM adapter digital twin (see the calibrations'
-sources); the token term is what a compute-bound prefill adds.
+`context` is the number of tokens whose keys and values the decoding requests read, `pairs` the
+number of (prompt token, earlier token) pairs that prefill attends over, `adapters` the distinct ones
+in the batch, `prefill_lora` is prefill_lora_factor where the batch has an adapter and 1 where it has
+none. The shape of `lora` and `kv` is that of the GPU LLM adapter digital twin (see the
+calibrations' sources).
+
+Inside, a step's time is a whole number of picoseconds. Whole numbers add up the same in any order,
+so many steps taken as one end at the same moment, to the last bit, as the same steps one by one.
 """
 
 import difflib
@@ -25,10 +34,14 @@ class CalibrationError(Exception):
 
 
 class Coefficient(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One number and where it comes from: measured, derived by a formula, or assumed."""
+    """One number and where it comes from: measured, derived by a formula, or assumed.
+
+    `interval` is its 95% confidence interval, where it was measured.
+    """
 
     value: Annotated[float, msgspec.Meta(ge=0)]
     source: str
+    interval: tuple[float, float] | None = None
 
 
 class LoadTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -49,6 +62,16 @@ class LoadTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.by_rank[ranks[-1]]
 
 
+class EngineDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the engine uses where `engine_kwargs` is silent: it depends on the machine in vLLM."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    async_scheduling: bool
+    source: str
+
+
 class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The latency model of one engine, model and machine. Times in seconds, sizes in bytes."""
 
@@ -57,11 +80,17 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: str
     machine: str
     date: str
+    defaults: EngineDefaults
+    request_overhead_s: Coefficient
     step_base_s: Coefficient
     step_per_request_s: Coefficient
+    kv_read_per_token_s: Coefficient
     prefill_per_token_s: Coefficient
+    prefill_per_pair_s: Coefficient
+    prefill_lora_factor: Coefficient
     lora_factor: Coefficient
     lora_factor_per_adapter: Coefficient
+    lora_factor_per_rank: Coefficient
     kv_tokens: Coefficient
     kv_tokens_per_slot: Coefficient
     kv_tokens_per_slot_and_rank: Coefficient
@@ -72,6 +101,7 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     load_disk_s: LoadTimes
 
 
+PICOSECOND: Final = 1e-12
 FOLDER: Final = resources.files("sim") / "calibrations"
 DEFAULT: Final = "h100-llama-3.1-8b"
 
@@ -106,19 +136,25 @@ def read_calibration(name: str) -> Calibration:
 
 
 class LatencyModel:
-    """A calibration at work for one engine's settings: plain floats, for the inner loop.
+    """A calibration at work for one engine's settings: plain numbers, for the inner loop.
 
     `slots` is `max_loras`, `rank_max` is `max_lora_rank`: kernels and memory pay for the largest
-    rank allowed, not for an adapter's own.
+    rank allowed, not for an adapter's own. Raises `CalibrationError` where no memory is left.
     """
 
     def __init__(self, calibration: Calibration, *, slots: int, rank_max: int) -> None:
         self.calibration = calibration
         self._base_s = calibration.step_base_s.value
         self._per_request_s = calibration.step_per_request_s.value
-        self._per_token_s = calibration.prefill_per_token_s.value
-        self._lora = calibration.lora_factor.value
+        self._lora = (
+            calibration.lora_factor.value + calibration.lora_factor_per_rank.value * rank_max
+        )
         self._lora_per_adapter = calibration.lora_factor_per_adapter.value
+        self.context_ps = picoseconds(calibration.kv_read_per_token_s.value)
+        self._per_token_s = calibration.prefill_per_token_s.value
+        self._per_pair_s = calibration.prefill_per_pair_s.value
+        self._prefill_lora = calibration.prefill_lora_factor.value
+        self._decode: dict[tuple[int, int], int] = {}
         lost = slots * (
             calibration.kv_tokens_per_slot.value
             + calibration.kv_tokens_per_slot_and_rank.value * rank_max
@@ -131,6 +167,7 @@ class LatencyModel:
             )
         self.load_host_s = calibration.load_host_s.at(rank_max)
         self.load_disk_s = calibration.load_disk_s.at(rank_max)
+        self.overhead_s = calibration.request_overhead_s.value
         self.fetch_s = (
             calibration.store_latency_s.value
             + calibration.adapter_bytes_per_rank.value
@@ -138,9 +175,37 @@ class LatencyModel:
             / calibration.store_bytes_per_s.value
         )
 
-    def step_s(self, running: int, prefilled: int, adapters: int) -> float:
-        """The time of one step: requests in the batch, prompt tokens computed, distinct adapters."""
-        decode_s = self._base_s + self._per_request_s * running
-        if adapters:
-            decode_s *= self._lora + self._lora_per_adapter * adapters
-        return decode_s + self._per_token_s * prefilled
+    def decode_ps(self, running: int, adapters: int) -> int:
+        """The part of a step that its requests and adapters decide, in picoseconds."""
+        known = self._decode.get((running, adapters))
+        if known is None:
+            step_s = self._base_s + self._per_request_s * running
+            if adapters:
+                step_s *= self._lora + self._lora_per_adapter * adapters
+            known = self._decode[running, adapters] = picoseconds(step_s)
+        return known
+
+    def prefill_ps(self, tokens: int, pairs: int, adapters: int) -> int:
+        """The part of a step that its prompt tokens decide, in picoseconds."""
+        step_s = self._per_token_s * tokens + self._per_pair_s * pairs
+        return picoseconds(step_s * self._prefill_lora if adapters else step_s)
+
+    def step_s(
+        self, *, running: int, adapters: int = 0, context: int = 0, tokens: int = 0, pairs: int = 0
+    ) -> float:
+        """The time of one step, in seconds."""
+        return PICOSECOND * (
+            self.decode_ps(running, adapters)
+            + self.context_ps * context
+            + self.prefill_ps(tokens, pairs, adapters)
+        )
+
+
+def pairs_of(start: int, tokens: int) -> int:
+    """How many (token, earlier token or itself) pairs a chunk of `tokens` after `start` attends."""
+    return tokens * start + tokens * (tokens + 1) // 2
+
+
+def picoseconds(seconds: float) -> int:
+    """Seconds as a whole number of picoseconds."""
+    return round(seconds / PICOSECOND)

@@ -1,4 +1,4 @@
-"""An asyncio event loop whose clock is a `simpy.Environment`: the router waits in virtual time.
+"""An asyncio event loop whose clock is a SimPy environment: the router waits in virtual time.
 
 The rule: run every callback that is ready, then let the environment take one step; never look at a
 real clock. `time()` is `env.now`, a timer is a SimPy event, and an idle loop steps the environment.
@@ -19,6 +19,8 @@ from typing import Any, TypeVar, TypeVarTuple, Unpack, cast
 
 import simpy
 
+from sim.environment import Environment
+
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
@@ -30,7 +32,7 @@ class RanDryError(RuntimeError):
 class SimLoop(asyncio.AbstractEventLoop):
     """Runs coroutines in the virtual time of `env`. Use `run`, or `run_until_complete`."""
 
-    def __init__(self, env: simpy.Environment) -> None:
+    def __init__(self, env: Environment) -> None:
         self.env = env
         self._ready: deque[asyncio.Handle] = deque()
         self._failure: BaseException | None = None
@@ -61,10 +63,7 @@ class SimLoop(asyncio.AbstractEventLoop):
         context: Context | None = None,
     ) -> asyncio.TimerHandle:
         """Call back `delay` virtual seconds from now."""
-        handle = asyncio.TimerHandle(self.time() + delay, callback, args, self, context)
-        timeout = self.env.timeout(max(0.0, delay), handle)
-        timeout.callbacks.append(self._fire)
-        return handle
+        return self.call_at(self.env.now + delay, callback, *args, context=context)
 
     def call_at(
         self,
@@ -73,8 +72,10 @@ class SimLoop(asyncio.AbstractEventLoop):
         *args: Unpack[Ts],
         context: Context | None = None,
     ) -> asyncio.TimerHandle:
-        """Call back at the virtual time `when`."""
-        return self.call_later(when - self.time(), callback, *args, context=context)
+        """Call back at the virtual time `when`, or now where that is past."""
+        handle = asyncio.TimerHandle(when, callback, args, self, context)
+        self.env.at(max(when, self.env.now), self._fire, value=handle)
+        return handle
 
     def _fire(self, timeout: simpy.Event) -> None:
         handle: asyncio.TimerHandle | None = timeout.value
@@ -123,7 +124,7 @@ class SimLoop(asyncio.AbstractEventLoop):
         if events._get_running_loop() is not None:  # noqa: SLF001
             raise RuntimeError("a simulation cannot be run inside a running event loop")
         main: asyncio.Future[T] = asyncio.ensure_future(cast("Awaitable[T]", future), loop=self)
-        ready, step, queue_is_empty = self._ready, self.env.step, self._nothing_scheduled
+        ready, step, scheduled = self._ready, self.env.step, self.env._queue  # noqa: SLF001  (read only)
         events._set_running_loop(self)  # noqa: SLF001  (the one way to be the running loop)
         try:
             while not main.done():
@@ -136,15 +137,12 @@ class SimLoop(asyncio.AbstractEventLoop):
                     raise failure
                 if main.done():
                     break
-                if queue_is_empty():
+                if not scheduled:
                     raise RanDryError(f"nothing is left to happen at {self.time()} s")
                 step()
         finally:
             events._set_running_loop(None)  # noqa: SLF001
         return main.result()
-
-    def _nothing_scheduled(self) -> bool:
-        return self.env.peek() == float("inf")
 
     def is_running(self) -> bool:
         """Whether this loop is the running one."""
@@ -172,7 +170,7 @@ class SimLoop(asyncio.AbstractEventLoop):
         """Nothing to do: generators of a simulation hold nothing outside it."""
 
 
-def run(env: simpy.Environment, main: Coroutine[Any, Any, T]) -> T:
+def run(env: Environment, main: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine in the virtual time of `env`; then cancel the tasks that it left."""
     loop = SimLoop(env)  # type: ignore[abstract]  # sockets and processes are left out on purpose
     try:

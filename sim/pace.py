@@ -7,13 +7,13 @@ the change happens at the virtual time that it happened at.
 
 import asyncio
 
-import simpy
+from sim.environment import Environment
 
 
 class Pacer:
     """Runs `env` in step with the running loop's clock, from the moment it is made."""
 
-    def __init__(self, env: simpy.Environment) -> None:
+    def __init__(self, env: Environment) -> None:
         self.env = env
         self._loop = asyncio.get_running_loop()
         self._origin = self._loop.time() - float(env.now)

@@ -8,9 +8,9 @@ order: two runs with the same inputs give the same one, on any machine.
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from random import Random
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import simpy
@@ -22,13 +22,17 @@ from router.core.placement import Decision
 from router.core.policies import POLICIES
 from router.core.router import Router
 from sim.engine import EngineRequest
-from sim.fleet import SimWorkers
+from sim.environment import Environment
+from sim.fleet import Reports, SimWorkers
 from sim.loop import RanDryError, SimLoop
 from sim.report.summary import Latencies, Slo, latency_figures, outcome_counts
 from sim.traces import TraceRow
 from sim.workload import AdapterDraw
 
-PROGRESS_EVERY = 512
+PROGRESS_EVERY: Final = 512
+# Between a worker's change and the router's knowing of it, on one network: a push over a connection
+# that is open, and the two processes' wake-ups.
+STALENESS_S: Final = 0.005
 log = logging.getLogger("lorayard.sim")
 
 
@@ -46,6 +50,7 @@ class Options(msgspec.Struct, frozen=True):
     locality: float = 0.8
     zipf: float = 1.0
     speed: float = 1.0
+    staleness_s: float = STALENESS_S
     slo: Slo = Slo()
 
 
@@ -108,12 +113,17 @@ class _Model:
 
     def __init__(self, loop: SimLoop, llm: LLMConfig, config: Config, options: Options) -> None:
         self.llm = llm
-        count = options.workers or llm.replicas
-        self.workers = SimWorkers(loop, llm, count)
-        self.ledger = _Ledger(loop, self.workers.engines)
+        self.workers = SimWorkers(loop, llm, options.workers or llm.replicas)
+        self.ledger = _Ledger(loop, self.workers.by_id)
+        policy = POLICIES[options.policy]
+
+        def decide(job: Job, fleet: Fleet, rng: Random) -> Decision:
+            reports.due()
+            return policy(job, fleet, rng)
+
         self.router = Router(
             Fleet(llm.model_id),
-            POLICIES[options.policy],
+            decide,
             self.workers,
             rng=Random(f"placement:{options.seed}:{llm.model_id}"),
             max_queued=config.router.max_queued_requests,
@@ -121,22 +131,20 @@ class _Model:
             max_overtakes=config.router.max_overtakes,
             observer=self.ledger,
         )
-        for worker_id in self.workers.engines:
-            self.router.add_worker(
-                Worker(
-                    worker_id,
-                    max_ongoing=llm.deployment_config.max_ongoing_requests,
-                    slots=llm.slots,
-                )
-            )
+        reports = Reports(loop.env, self.router, options.staleness_s)
+        for one in self.workers.by_id.values():
+            self.router.add_worker(one.worker)
+            one.reports = reports
 
     def figures(self, worker_id: str, virtual_s: float) -> dict[str, Any]:
         """One row of `workers`."""
-        counters = self.workers.engines[worker_id].counters
+        counters = self.workers.by_id[worker_id].engine.counters
         return {
             "id": worker_id,
             **msgspec.structs.asdict(self.ledger.tally[worker_id]),
             "prompt_tokens": counters.prompt_tokens,
+            "cached_tokens": counters.cached_tokens,
+            "preemptions": counters.preemptions,
             "output_tokens": counters.output_tokens,
             "steps": counters.steps,
             "busy_s": counters.busy_s,
@@ -168,6 +176,8 @@ class Replay:
         self._options = options
         self._progress = progress
         self._offered = 0
+        self._under_way = 0  # rows that have come and not ended, and the next one
+        self._over: asyncio.Future[None] | None = None
         self.latencies = Latencies()
         self._uses = dict.fromkeys(AdapterUse, 0)
         self._draw: AdapterDraw | None = None
@@ -183,7 +193,7 @@ class Replay:
 
     def run(self) -> dict[str, Any]:
         """Replay all rows to their end. Raises `UnknownModelError` and what the trace raises."""
-        env = simpy.Environment()
+        env = Environment()
         loop = SimLoop(env)  # type: ignore[abstract]  # sockets and processes are left out on purpose
         try:
             loop.run_until_complete(self._replay(loop))
@@ -199,30 +209,27 @@ class Replay:
             self._models[llm.model_id] = _Model(loop, llm, self._config, self._options)
         for model_id in self._known_models:
             self._find(model_id)
-        tasks: set[asyncio.Task[None]] = set()
-        speed = self._options.speed
-        origin: float | None = None
-        for row in self._rows:
-            if origin is None:
-                origin = row.timestamp
-            wait_s = (row.timestamp - origin) / (1000 * speed) - loop.time()
-            if wait_s > 0:
-                await asyncio.sleep(wait_s)
-            self._offered += 1
-            model, adapter = self._resolve(row)
-            job = Job(
-                str(self._offered),
-                adapter,
-                prompt_tokens=row.input_length,
-                max_output_tokens=row.output_length,
-                tenant=row.tenant,
-                priority=row.priority,
-            )
-            task = loop.create_task(self._one(loop, model, job))
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
-        while tasks:
-            await asyncio.wait(tasks)
+        rows: Iterator[TraceRow] = iter(self._rows)
+        first = next(rows, None)
+        if first is None:
+            return
+        origin_ms = first.timestamp
+        per_ms = 1 / (1000 * self._options.speed)
+        self._over = over = loop.create_future()
+
+        def arrive(event: simpy.Event) -> None:
+            # Held by what it waits for: the loop, the router or the engine.
+            row: TraceRow | None = event.value
+            assert row is not None
+            asyncio.Task(self._one(loop, row), loop=loop)
+            if (row := next(rows, None)) is not None:
+                self._under_way += 1
+                moment = (row.timestamp - origin_ms) * per_ms
+                loop.env.at(max(moment, loop.env.now), arrive, value=row)
+
+        self._under_way = 1
+        loop.env.at(loop.env.now, arrive, value=first)
+        await over
         if self._progress is not None:
             self._progress(self.latencies.ended)
 
@@ -254,39 +261,71 @@ class Replay:
             )
         return model, AdapterRef(base, name) if name else None
 
-    async def _one(self, loop: SimLoop, model: _Model, job: Job) -> None:
+    async def _one(self, loop: SimLoop, row: TraceRow) -> None:
+        """One request, from its arrival to its end."""
         arrived = loop.time()
+        self._offered += 1
         try:
+            model, adapter = self._resolve(row)
+            job = Job(
+                str(self._offered),
+                adapter,
+                prompt_tokens=row.input_length,
+                max_output_tokens=row.output_length,
+                tenant=row.tenant,
+                priority=row.priority,
+            )
             async with model.router.lease(job) as lease:
                 self._uses[lease.use] += 1
                 tally = model.ledger.tally[lease.worker.id]
                 tally.hits += lease.use is AdapterUse.HIT
                 tally.joins += lease.use is AdapterUse.LOADING
+                done: asyncio.Future[EngineRequest] = loop.create_future()
                 request = EngineRequest(
-                    loop.env,
-                    adapter=job.adapter,
-                    prompt_tokens=job.prompt_tokens,
-                    output_tokens=job.max_output_tokens,
+                    adapter=adapter,
+                    prompt_tokens=row.input_length,
+                    output_tokens=row.output_length,
+                    hash_ids=row.hash_ids,
+                    on_done=done.set_result,
                 )
-                if not model.workers.engines[lease.worker.id].submit(request):
-                    self.latencies.lost(Outcome.REFUSED)
-                    return
-                await loop.happens(request.done)
+                engine = model.workers.by_id[lease.worker.id].engine
+                if overhead_s := model.workers.latency.overhead_s:
+                    await asyncio.sleep(overhead_s)
+                if fits := engine.fits(request):
+                    engine.submit(request)
+                    await done
+            if fits:
+                assert request.first_token is not None
+                self.latencies.answered(
+                    ttft_s=request.first_token - arrived,
+                    e2e_s=loop.time() - arrived,
+                    tokens=request.output_tokens,
+                    slo=self._options.slo,
+                )
+            else:
+                self.latencies.lost(Outcome.REFUSED)
         except Rejected as rejected:
             model.ledger.rejected(job, rejected.outcome)
             self.latencies.lost(rejected.outcome)
         except LoadError:
             self.latencies.lost(Outcome.LOAD_FAILED)
-        else:
-            assert request.first_token is not None
-            self.latencies.answered(
-                ttft_s=request.first_token - arrived,
-                e2e_s=loop.time() - arrived,
-                tokens=request.output_tokens,
-                slo=self._options.slo,
-            )
-        if self._progress is not None and self.latencies.ended % PROGRESS_EVERY == 0:
-            self._progress(self.latencies.ended)
+        except Exception as error:  # noqa: BLE001  (a fault of the program: it ends the replay)
+            self._ended(error)
+            return
+        self._ended(None)
+
+    def _ended(self, error: Exception | None) -> None:
+        self._under_way -= 1
+        over, ended = self._over, self.latencies.ended
+        assert over is not None
+        if over.done():
+            return
+        if error is not None:
+            over.set_exception(error)
+        elif not self._under_way:
+            over.set_result(None)
+        if self._progress is not None and ended % PROGRESS_EVERY == 0:
+            self._progress(ended)
 
     def _result(self, virtual_s: float) -> dict[str, Any]:
         options, latencies, offered = self._options, self.latencies, self._offered
@@ -296,7 +335,7 @@ class Replay:
         for model in self._models.values():
             digest.update(model.ledger.hash.digest())
             tallies.extend(model.ledger.tally.values())
-            workers.extend(model.figures(worker, virtual_s) for worker in model.workers.engines)
+            workers.extend(model.figures(worker, virtual_s) for worker in model.workers.by_id)
         placed = sum(count for use, count in self._uses.items() if use is not AdapterUse.NONE)
         hits = self._uses[AdapterUse.HIT]
         return {

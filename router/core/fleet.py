@@ -41,6 +41,7 @@ class Worker:
         "ready_index",
         "report",
         "seq_floor",
+        "seq_settled",
         "slots",
     )
 
@@ -54,6 +55,7 @@ class Worker:
         self.accepting = True
         self.report = Report()
         self.seq_floor = 0
+        self.seq_settled = -1
         self.ready_index = -1
 
     @property
@@ -174,15 +176,24 @@ class Fleet:
     def observe(self, worker: Worker, report: Report) -> None:
         """Take in a worker's report; its word on adapters counts unless a load has overtaken it."""
         worker.report = report
+        if report.seq == worker.seq_settled:  # nothing has moved since the ledger agreed with it
+            return
         if self._workers.get(worker.id) is not worker or report.seq < worker.seq_floor:
             return
         held = dict.fromkeys((*report.gpu, *report.host))
+        settled = True
         for slot in tuple(worker.slots):
-            if slot.adapter not in held and worker.slots.forget(slot):
-                self._unindex(worker, slot)
+            if slot.adapter not in held:
+                if worker.slots.forget(slot):
+                    self._unindex(worker, slot)
+                else:  # in use, or on its way: to be looked at again
+                    settled = False
         for adapter in report.gpu:
             if adopted := worker.slots.adopt(adapter):
                 self._index(worker, adopted)
+            elif worker.slots.get(adapter) is None:
+                settled = False
+        worker.seq_settled = report.seq if settled else -1
 
     def disown(self, worker: Worker, adapter: AdapterRef) -> None:
         """The worker said that it does not hold an adapter that the ledger has as resident."""

@@ -5,19 +5,18 @@ from collections.abc import Awaitable, Callable, Coroutine
 from random import Random
 from typing import Any, TypeVar
 
-import simpy
-
 from router.core.fleet import Fleet, Worker
 from router.core.job import AdapterRef, Job, LoadError
 from router.core.placement import Decision
 from router.core.policies import POLICIES
 from router.core.router import Router
+from sim.environment import Environment
 from sim.loop import SimLoop, run
 
 T = TypeVar("T")
 
 
-class Watched(simpy.Environment):
+class Watched(Environment):
     """Calls `check` whenever all that was ready has run, before time moves on."""
 
     check: Callable[[], None] = staticmethod(lambda: None)

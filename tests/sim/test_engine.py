@@ -1,285 +1,248 @@
-"""The engine model: its arithmetic on hand-made cases, and its fast path against its slow one."""
+"""The engine model: vLLM's rules on hand-made cases, and its fast path against its slow one."""
 
-from collections.abc import Generator
 from typing import Any
 
+import msgspec
 import pytest
 import simpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from round_numbers import latency
 
 from sim.engine import EngineLimits, EngineRequest, SimEngine
-from sim.latency import (
-    Calibration,
-    Coefficient,
-    LatencyModel,
-    LoadTimes,
-    read_calibration,
-    shipped,
-)
-
-LATENCY = LatencyModel(read_calibration("emulated"), slots=2, rank_max=8)
+from sim.environment import Environment
 
 
-def engine(env: simpy.Environment, *, jump: bool = True, **limits: int) -> SimEngine:
-    return SimEngine(env, LATENCY, EngineLimits(**{"max_loras": 2, **limits}), jump=jump)
+def engine(env: Environment, **limits: int) -> SimEngine:
+    return SimEngine(env, latency(), msgspec.convert({"max_loras": 2, **limits}, EngineLimits))
 
 
 def request(
-    env: simpy.Environment, prompt: int, output: int, adapter: str | None = None
+    prompt: int, output: int, adapter: str | None = None, hash_ids: tuple[int, ...] = ()
 ) -> EngineRequest:
-    return EngineRequest(env, adapter=adapter, prompt_tokens=prompt, output_tokens=output)
+    return EngineRequest(
+        adapter=adapter, prompt_tokens=prompt, output_tokens=output, hash_ids=hash_ids
+    )
+
+
+def until_done(env: Environment, item: EngineRequest) -> None:
+    while not item.ended:
+        env.step()
 
 
 def test_one_request_takes_a_prefill_step_and_a_step_for_each_further_token() -> None:
-    env = simpy.Environment()
+    env = Environment()
     model = engine(env)
-    one = request(env, 100, 5)
-    assert model.submit(one)
-    env.run(one.done)
-    assert one.first_token == pytest.approx(LATENCY.step_s(1, 100, 0))
-    assert one.finished == pytest.approx(LATENCY.step_s(1, 100, 0) + 4 * LATENCY.step_s(1, 0, 0))
+    one = request(100, 5)
+    model.submit(one)
+    env.run()
+    assert one.first_token == pytest.approx(2.1)
+    assert one.finished == pytest.approx(2.1 + 4 * 1.1)
     assert model.counters.output_tokens == 5
     assert model.counters.prompt_tokens == 100
+    assert model.counters.busy_s == pytest.approx(6.5)
     assert (model.running, model.waiting, model.kv_usage) == (0, 0, 0)
 
 
-def test_a_long_prompt_is_prefilled_in_chunks_beside_who_decodes() -> None:
-    env = simpy.Environment()
-    model = engine(env, max_num_batched_tokens=50)
-    decoding = request(env, 10, 100)
+def test_two_requests_on_round_numbers() -> None:
+    env = Environment()
+    model = engine(env)
+    first, second = request(100, 3), request(50, 2, "a")
+    model.submit(first)
+    env.run(until=1.0)
+    model.load("a")
+    model.submit(second)
+    env.run()
+    # Step 1, 0 to 2.1: the first prompt. The load, to 6.1. Step 2: one decodes, one prompt of 50, one
+    # adapter: 1.2 × 2.5 + 0.5 = 3.5. Step 3: both decode: 1.2 × 2.5 = 3.
+    assert first.first_token == pytest.approx(2.1)
+    assert second.first_token == pytest.approx(9.6)
+    assert first.finished == pytest.approx(12.6)
+    assert second.finished == pytest.approx(12.6)
+    assert model.counters.busy_s == pytest.approx(8.6)
+    assert model.counters.stalled_s == pytest.approx(4.0)
+    assert model.counters.steps == 3
+
+
+def test_the_token_budget_is_shared_with_those_who_decode() -> None:
+    env = Environment()
+    model = engine(env, max_num_batched_tokens=11)
+    decoding, prompt = request(1, 100), request(25, 1)
     model.submit(decoding)
-    env.run(until=0.02)
-    long = request(env, 120, 1)
-    model.submit(long)
-    env.run(long.done)
-    assert decoding.finished is None, "49 + 49 + 22 tokens: three steps, and decoding went on"
-    assert model.counters.prompt_tokens == 130
+    env.run(until=0.5)
+    model.submit(prompt)
+    until_done(env, prompt)
+    # 10 a step beside the one that decodes: 10, 10 and 5.
+    assert model.counters.steps == 4
+    assert decoding.finished is None
 
 
-def test_a_full_batch_lets_wait_and_memory_does_too() -> None:
-    env = simpy.Environment()
+def test_two_prompts_share_a_step_and_the_second_goes_on_in_the_next() -> None:
+    env = Environment()
+    model = engine(env, max_num_batched_tokens=100)
+    first, second, third = request(60, 1), request(60, 1), request(10, 1)
+    for item in (first, second, third):
+        model.submit(item)
+    env.run()
+    # Step 1: 60 + 40 tokens, 1 + 0.2 + 1 = 2.2 s. Step 2: 20 + 10 tokens, 1 + 0.2 + 0.3 = 1.5 s.
+    assert first.first_token == pytest.approx(2.2)
+    assert second.first_token == third.first_token == pytest.approx(3.7)
+
+
+def test_a_full_batch_lets_wait() -> None:
+    env = Environment()
     model = engine(env, max_num_seqs=1)
-    first, second = request(env, 10, 10), request(env, 10, 10)
+    first, second = request(10, 10), request(10, 10)
     model.submit(first)
     model.submit(second)
-    env.run(first.done)
+    until_done(env, first)
     assert second.first_token is None
-    env.run(second.done)
-    big = engine(env)
-    half = LATENCY.kv_tokens // 2 + 1
-    one, other = request(env, half - 5, 5), request(env, half - 5, 5)
-    assert big.submit(one)
-    assert big.submit(other)
-    assert not big.submit(request(env, LATENCY.kv_tokens, 1)), "never fits"
-    env.run(one.done)
-    assert other.first_token is None
-    env.run(other.done)
+    env.run()
+    assert second.finished is not None
 
 
-def test_an_adapter_too_many_is_passed_by() -> None:
-    env = simpy.Environment()
-    model = engine(env, max_loras=1)
-    first = request(env, 10, 50, "a")
-    blocked = request(env, 10, 5, "b")
-    passing = request(env, 10, 5, "a")
-    for item in (first, blocked, passing):
+def test_a_whole_prompt_must_fit_to_be_admitted() -> None:
+    env = Environment()
+    model = engine(env)  # 900 tokens: 56 blocks of 16
+    requests = [request(350, 50) for _ in range(3)]  # prompts of 22 blocks
+    for item in requests:
         model.submit(item)
-    env.run(passing.done)
-    assert blocked.first_token is None
-    env.run(blocked.done)
+    env.run(until=0.5)
+    assert (model.running, model.waiting) == (2, 1)
+    assert model.kv_usage == pytest.approx(44 / 56)
+    env.run()
+    assert all(item.finished for item in requests)
+    assert not model.fits(request(900, 1)), "never"
+    assert not engine(env, max_model_len=20).fits(request(15, 6))
+
+
+def test_who_was_admitted_last_is_preempted_and_computed_again() -> None:
+    env = Environment()
+    # 4 blocks of 16; two prompts of 16 and one token each that decodes into a second block.
+    model = engine(env, num_gpu_blocks_override=4, enable_prefix_caching=False)
+    first, second = request(16, 30), request(16, 30)
+    model.submit(first)
+    model.submit(second)
+    env.run()
+    # Both take their second block at the first decode step. At token 33, 17 steps on, the first needs a
+    # third one: the second gives back its two and waits, with 17 tokens generated.
+    assert (first.preemptions, second.preemptions) == (0, 1)
+    assert model.counters.preemptions == 1
     assert first.finished is not None
+    assert second.finished is not None
+    assert second.finished > first.finished
+    assert model.counters.prompt_tokens == 16 + 16 + (16 + 17), "prompt and output, again"
+    assert model.counters.output_tokens == 60
+    assert model.kv.free == 4
+
+
+def test_a_preempted_request_finds_what_nobody_took() -> None:
+    env = Environment()
+    model = engine(env, num_gpu_blocks_override=4)
+    first, second = request(16, 20), request(16, 20)
+    model.submit(first)
+    model.submit(second)
+    env.run()
+    assert model.counters.preemptions == 1
+    # 32 tokens stood in two full blocks; the first took one of them to end with.
+    assert model.counters.cached_tokens == 16
+
+
+def test_a_prefix_is_computed_once_for_each_adapter() -> None:
+    env = Environment()
+    model = SimEngine(env, latency(), EngineLimits(max_loras=2, block_size=16), segment_tokens=64)
+    cases = [
+        # prompt, adapter, hash ids -> found in the cache
+        (200, None, (1, 2, 3, 4), 0),
+        (200, None, (1, 2, 3, 4), 192),  # 12 whole blocks of 12.5
+        (200, None, (1, 2, 9, 10), 128),
+        (128, None, (1, 2), 112),  # the last token is always computed: 7 blocks of 8
+        (64, None, (5,), 0),
+        (200, "a", (1, 2, 3, 4), 0),
+        (200, "a", (1, 2, 3, 4), 192),
+        (200, None, (7, 8, 9, 11), 0),
+    ]
+    found = []
+    for prompt, adapter, hash_ids, _ in cases:
+        before = model.counters.cached_tokens
+        model.submit(request(prompt, 2, adapter, hash_ids))
+        env.run()
+        found.append(model.counters.cached_tokens - before)
+    assert found == [case[3] for case in cases]
+
+
+def test_the_least_recently_used_prefix_goes_first_and_its_end_before_its_beginning() -> None:
+    env = Environment()
+    model = SimEngine(env, latency(), EngineLimits(num_gpu_blocks_override=10), segment_tokens=64)
+
+    def run(prompt: int, hash_ids: tuple[int, ...]) -> int:
+        before = model.counters.cached_tokens
+        model.submit(request(prompt, 1, None, hash_ids))
+        env.run()
+        return model.counters.cached_tokens - before
+
+    run(64, (1,))
+    run(64, (2,))
+    assert run(65, (1,)) == 64, "used again: 2 is the oldest now"
+    assert run(96, ()) == 0  # takes 2 blank blocks and all 4 of the oldest
+    assert run(65, (2,)) == 0
+    assert run(65, (1,)) == 0 or model.kv.free == 10
+
+
+def test_an_adapter_too_many_is_passed_by_and_starves_while_others_come() -> None:
+    env = Environment()
+    model = engine(env, max_loras=1)
+    running = request(10, 50, "a")
+    starving = request(10, 5, "b")
+    overtaking = [request(10, 60, "a") for _ in range(3)]
+    model.submit(running)
+    model.submit(starving)
+    for item in overtaking:
+        env.run(until=env.now + 40)
+        model.submit(item)
+    until_done(env, overtaking[-1])
+    assert all(item.finished for item in (running, *overtaking))
+    assert starving.first_token is None
+    env.run()
+    assert starving.finished is not None
 
 
 def test_a_load_stalls_the_batch_and_costs_by_its_tier() -> None:
-    env = simpy.Environment()
+    env = Environment()
     model = engine(env)
-    running = request(env, 10, 1000)
-    model.submit(running)
-    env.run(until=1.0)
-    started = env.now
+    model.submit(request(10, 1000))
+    env.run(until=1.5)
     env.run(model.load("a"))
-    assert env.now - started >= LATENCY.load_disk_s
-    assert model.counters.stalled_s == pytest.approx(LATENCY.load_disk_s)
+    assert env.now == pytest.approx(2.3 + 4.0), "at the end of the second step"
     env.run(model.load("b"))
     env.run(model.load("c", evict="a"))
     assert list(model.gpu) == ["b", "c"]
     assert "a" in model.host
     stalled = model.counters.stalled_s
     env.run(model.load("a", evict="b"))
-    assert model.counters.stalled_s - stalled == pytest.approx(LATENCY.load_host_s)
+    assert model.counters.stalled_s - stalled == pytest.approx(0.25)
     again = model.counters.loads
     env.run(model.load("a"))
     assert model.counters.loads == again, "resident: nothing to do"
 
 
-def test_an_abort_frees_what_it_held() -> None:
-    env = simpy.Environment()
-    model = engine(env, max_num_seqs=2)
-    running, prefilling, waiting = (request(env, 10, 1000, "a") for _ in range(3))
-    model.submit(running)
-    env.run(until=0.5)
-    model.submit(prefilling)
-    model.submit(waiting)
-    for item in (waiting, prefilling, running):
-        model.abort(item)
-        model.abort(item)
-    assert (model.running, model.waiting, model.kv_usage) == (0, 0, 0)
-    env.run(until=1.0)
-    after = request(env, 10, 2)
-    model.submit(after)
-    env.run(after.done)
-
-
-EVENTS = st.lists(
-    st.tuples(
-        st.floats(0, 0.5, width=32),
-        st.sampled_from(["submit", "submit", "submit", "load", "abort"]),
-        st.integers(1, 300),
-        st.integers(1, 60),
-        st.sampled_from([None, "a", "b", "c"]),
-    ),
-    max_size=25,
-)
-
-
-def play(events: list[Any], *, jump: bool) -> list[tuple[Any, ...]]:
-    """What happens to each request: its first and last token, or that it was aborted."""
-    env = simpy.Environment()
-    model = engine(env, jump=jump, max_num_seqs=4, max_num_batched_tokens=128)
-    requests: list[EngineRequest] = []
-
-    def script() -> Generator[simpy.Event, None, None]:
-        for delay_s, what, prompt, output, adapter in events:
-            yield env.timeout(delay_s)
-            if what == "submit":
-                requests.append(request(env, prompt, output, adapter))
-                model.submit(requests[-1])
-            elif what == "load":
-                model.load(adapter or "a")
-            elif requests:
-                model.abort(requests[prompt % len(requests)])
-
-    env.process(script())
-    env.run(until=1000)
-    return [(item.first_token, item.finished, item.aborted) for item in requests]
-
-
-@settings(max_examples=150, deadline=None)
-@given(events=EVENTS)
-def test_steps_taken_as_one_event_end_where_single_steps_do(events: list[Any]) -> None:
-    fast, slow = play(events, jump=True), play(events, jump=False)
-    assert len(fast) == len(slow)
-    for one, other in zip(fast, slow, strict=True):
-        assert one[2] == other[2]
-        for time, expected in zip(one[:2], other[:2], strict=True):
-            # A jump's boundary is n × step, a walk's is a sum of n steps: the last bits differ.
-            assert time == (None if expected is None else pytest.approx(expected, rel=1e-9))
-
-
-@pytest.mark.parametrize("name", shipped())
-def test_every_shipped_calibration_says_where_each_number_comes_from(name: str) -> None:
-    calibration = read_calibration(name)
-    LatencyModel(calibration, slots=4, rank_max=16)
-    for field in calibration.__struct_fields__:
-        value = getattr(calibration, field)
-        if not isinstance(value, str):
-            assert len(value.source) > 20, field
-
-
-def test_load_times_between_measured_ranks_are_on_the_line() -> None:
-    times = LoadTimes({8: 1.0, 16: 2.0}, "made up for this test")
-    assert [times.at(rank) for rank in (4, 8, 12, 16, 64)] == [1.0, 1.0, 1.5, 2.0, 2.0]
-
-
-# A latency model of round numbers, so that expectations are written out and not computed alike.
-def round_numbers(slots: int = 2) -> LatencyModel:
-    def of(value: float) -> Coefficient:
-        return Coefficient(value, "a round number for this test")
-
-    return LatencyModel(
-        Calibration(
-            name="round",
-            engine="none",
-            model="none",
-            machine="none",
-            date="2026-01-01",
-            step_base_s=of(1.0),
-            step_per_request_s=of(0.1),
-            prefill_per_token_s=of(0.01),
-            lora_factor=of(2.0),
-            lora_factor_per_adapter=of(0.5),
-            kv_tokens=of(1000),
-            kv_tokens_per_slot=of(10),
-            kv_tokens_per_slot_and_rank=of(5),
-            adapter_bytes_per_rank=of(100),
-            store_bytes_per_s=of(400),
-            store_latency_s=of(3),
-            load_host_s=LoadTimes({8: 0.25}, "a round number for this test"),
-            load_disk_s=LoadTimes({8: 4.0}, "a round number for this test"),
-        ),
-        slots=slots,
-        rank_max=8,
-    )
-
-
-def test_the_formulas_on_round_numbers() -> None:
-    model = round_numbers()
-    assert model.step_s(1, 0, 0) == pytest.approx(1.1)
-    assert model.step_s(10, 50, 0) == pytest.approx(1.0 + 1.0 + 0.5)
-    assert model.step_s(10, 50, 1) == pytest.approx(2.0 * 2.5 + 0.5)
-    assert model.step_s(10, 0, 2) == pytest.approx(2.0 * 3.0)
-    assert model.kv_tokens == 1000 - 2 * (10 + 5 * 8)
-    assert model.fetch_s == pytest.approx(3 + 100 * 8 / 400)
-
-
-def test_two_requests_on_round_numbers() -> None:
-    env = simpy.Environment()
-    model = SimEngine(env, round_numbers(), EngineLimits(max_loras=2))
-    first, second = request(env, 100, 3), request(env, 50, 2, "a")
-    model.submit(first)
-    env.run(until=1.0)
-    model.submit(second)
-    env.run()
-    # Step 1, 0 to 2.1: the first prompt. Step 2: one decodes, one prompt of 50, one adapter:
-    # (1 + 0.2) × 2.5 + 0.5 = 3.5. Step 3: both decode: 1.2 × 2.5 = 3.
-    assert first.first_token == pytest.approx(2.1)
-    assert second.first_token == pytest.approx(5.6)
-    assert first.finished == pytest.approx(8.6)
-    assert second.finished == pytest.approx(8.6)
-    assert model.counters.busy_s == pytest.approx(8.6)
-    assert model.counters.steps == 3
-
-
-def test_memory_decides_who_is_admitted_on_round_numbers() -> None:
-    env = simpy.Environment()
-    model = SimEngine(env, round_numbers(), EngineLimits())
-    requests = [request(env, 350, 50) for _ in range(3)]  # 400 of 900 tokens each
-    for item in requests:
+def test_a_request_for_an_adapter_in_no_slot_makes_its_step_wait() -> None:
+    env = Environment()
+    model = engine(env, max_loras=1, max_cpu_loras=2)
+    first, second, third = (request(100, 1, name) for name in ("a", "b", "a"))
+    for item in (first, second, third):
         model.submit(item)
-    env.run(until=0.5)
-    assert (model.running, model.waiting) == (2, 1)
-    assert model.kv_usage == pytest.approx(800 / 900)
-    env.run(requests[0].done)
-    env.run(until=env.now + 0.5)
-    assert model.waiting == 0
-
-
-def test_the_token_budget_is_shared_with_those_who_decode() -> None:
-    env = simpy.Environment()
-    model = SimEngine(env, round_numbers(), EngineLimits(max_num_batched_tokens=11))
-    decoding, prompt = request(env, 1, 100), request(env, 25, 1)
-    model.submit(decoding)
-    env.run(until=0.5)
-    model.submit(prompt)
-    env.run(prompt.done)
-    # 10 a step beside the one that decodes: 10, 10 and 5.
-    assert model.counters.steps == 4
+        env.run()
+    # 1.1 × 2.5 + 1 = 3.75 s a step; a and b from disk, then a again from host memory.
+    times = [item.first_token for item in (first, second, third)]
+    assert times == pytest.approx([7.75, 15.5, 19.5])
+    assert model.counters.stalled_s == pytest.approx(8.25)
+    assert list(model.gpu) == ["a"]
 
 
 def test_host_memory_keeps_the_last_used() -> None:
-    env = simpy.Environment()
-    model = SimEngine(env, round_numbers(), EngineLimits(max_loras=1, max_cpu_loras=2))
+    env = Environment()
+    model = engine(env, max_loras=1, max_cpu_loras=2)
     times = []
     for adapter, evict in (("a", None), ("b", "a"), ("a", "b"), ("c", "a"), ("b", "c")):
         started = env.now
@@ -289,9 +252,149 @@ def test_host_memory_keeps_the_last_used() -> None:
     assert times == pytest.approx([4.0, 4.0, 0.25, 4.0, 4.0])
 
 
-def test_more_in_slots_than_host_memory_is_meant_for_does_not_end_the_engine() -> None:
-    env = simpy.Environment()
-    model = SimEngine(env, round_numbers(), EngineLimits(max_loras=1))
-    for adapter in "abcd":
-        env.run(model.load(adapter))
-    assert model._process.is_alive
+def test_an_abort_frees_what_it_held_at_the_next_boundary() -> None:
+    env = Environment()
+    model = engine(env, max_num_seqs=2)
+    running, prefilling, waiting = (request(10, 1000, "a") for _ in range(3))
+    model.submit(running)
+    env.run(until=20)
+    model.submit(prefilling)
+    env.run(until=23)
+    model.submit(waiting)
+    for item in (waiting, prefilling, running):
+        model.abort(item)
+        model.abort(item)
+    assert model.waiting == 0
+    env.run(until=40)
+    assert (model.running, model.kv_usage) == (0, 0)
+    after = request(10, 2)
+    model.submit(after)
+    env.run()
+    assert after.finished is not None
+
+
+def test_an_engine_that_schedules_ahead_admits_one_step_later() -> None:
+    moments = []
+    for ahead in (False, True):
+        env = Environment()
+        limits = EngineLimits(async_scheduling=ahead)
+        model = SimEngine(env, latency(), limits)
+        model.submit(request(1, 100))
+        env.run(until=5.0)
+        late = request(1, 1)
+        model.submit(late)
+        until_done(env, late)
+        moments.append(late.first_token)
+    # Steps end at 1.11, 2.21, 3.31, 4.41, 5.51, 6.61; one with both takes 1.21.
+    assert moments == pytest.approx([5.51 + 1.21, 6.61 + 1.21])
+
+
+# The fast path against the slow one.
+
+
+EVENTS = st.lists(
+    st.tuples(
+        # Whole and half seconds meet the boundaries of round steps; others fall between them.
+        st.one_of(st.sampled_from([0.0, 0.5, 1.0, 1.1, 2.0]), st.floats(0, 30, width=32)),
+        st.sampled_from(["submit", "submit", "submit", "submit", "load", "abort", "unload"]),
+        st.integers(0, 2),
+        st.integers(1, 300),
+        st.integers(1, 120),
+        st.sampled_from([None, "a", "b", "c"]),
+        st.sampled_from([(), (), (1, 2, 3), (1, 2, 4), (1, 5), (6,)]),
+    ),
+    max_size=30,
+)
+LIMITS = st.builds(
+    EngineLimits,
+    max_num_seqs=st.sampled_from([1, 2, 4, 16]),
+    max_num_batched_tokens=st.sampled_from([16, 64, 256]),
+    max_loras=st.sampled_from([1, 2]),
+    max_cpu_loras=st.sampled_from([0, 3]),
+    block_size=st.sampled_from([4, 16]),
+    num_gpu_blocks_override=st.sampled_from([0, 30, 110]),
+    enable_prefix_caching=st.booleans(),
+    async_scheduling=st.booleans(),
+)
+
+
+def play(
+    events: list[tuple[float, str, int, int, int, str | None, tuple[int, ...]]],
+    *,
+    jump: bool,
+    limits: EngineLimits,
+) -> list[tuple[object, ...]]:
+    """Everything that happens, with its moment: first tokens, ends, loads; and what was counted."""
+    env = Environment()
+    model = latency(kv_read_per_token_s=0.0007, prefill_per_pair_s=0.00013)
+    seen: list[tuple[object, ...]] = []
+    engines = [SimEngine(env, model, limits, segment_tokens=64, jump=jump) for _ in range(3)]
+    requests: list[tuple[SimEngine, EngineRequest]] = []
+
+    def submit(
+        which: int,
+        prompt: int,
+        output: int,
+        adapter: str | None,
+        hash_ids: tuple[int, ...],
+        *,
+        again: bool,
+    ) -> None:
+        number = len(requests)
+
+        def follow(_: simpy.Event) -> None:
+            submit((which + 1) % 3, output, 1 + prompt // 4, adapter, (), again=False)
+
+        def done(item: EngineRequest) -> None:
+            seen.append((number, env.now, item.first_token, item.aborted, item.preemptions))
+            if again:  # as a router does: what ends makes room for the next, elsewhere too
+                env.at(env.now, follow)
+
+        item = EngineRequest(
+            adapter=adapter,
+            prompt_tokens=prompt,
+            output_tokens=output,
+            hash_ids=hash_ids,
+            on_done=done,
+        )
+        requests.append((engines[which], item))
+        if engines[which].fits(item):
+            engines[which].submit(item)
+
+    def happen(event: simpy.Event) -> None:
+        entry: Any = event.value
+        _, what, which, prompt, output, adapter, hash_ids = entry
+        if what == "submit":
+            submit(which, prompt, output, adapter, hash_ids, again=prompt % 3 == 0)
+        elif what == "load":
+            number = len(seen)
+            loaded = engines[which].load(adapter or "a")
+            assert loaded.callbacks is not None
+            loaded.callbacks.append(lambda _: seen.append(("load", number, env.now)))
+        elif what == "unload":
+            engines[which].evict(adapter or "b")
+        elif requests:
+            on, item = requests[prompt % len(requests)]
+            on.abort(item)
+
+    moment = 0.0
+    for entry in events:
+        moment += entry[0]
+        env.at(moment, happen, value=entry)
+    env.run()
+    for one in engines:
+        assert (one.running, one.waiting, one.kv.free) == (0, 0, one.kv.total)
+        assert one.kv.blank + one.kv.cached == one.kv.total
+        seen.append((repr(one.counters), tuple(one.gpu), tuple(one.host)))
+    return seen
+
+
+@settings(max_examples=300, deadline=None)
+@given(events=EVENTS, limits=LIMITS)
+def test_many_steps_as_one_event_are_the_same_steps_to_the_last_bit(
+    events: list[tuple[float, str, int, int, int, str | None, tuple[int, ...]]],
+    limits: EngineLimits,
+) -> None:
+    fast = play(events, jump=True, limits=limits)
+    slow = play(events, jump=False, limits=limits)
+    assert fast == slow

@@ -5,13 +5,14 @@ from typing import Any, TypeVar
 import pytest
 import simpy
 
+from sim.environment import Environment
 from sim.loop import RanDryError, SimLoop, run
 
 T = TypeVar("T")
 
 
 def simulate(main: Coroutine[Any, Any, T]) -> T:
-    return run(simpy.Environment(), main)
+    return run(Environment(), main)
 
 
 def test_time_passes_only_when_nothing_is_ready() -> None:

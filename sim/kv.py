@@ -1,0 +1,239 @@
+"""The KV cache of one engine, in blocks, as vLLM v1 keeps it.
+
+Three kinds of blocks: in use by running requests; free and without content that could be found
+(used first); free but still holding a prefix that a later request may share, least recently freed
+out first, and of one request's blocks the last ones first (`BlockPool.free_blocks` of vLLM 0.32).
+
+A prefix is known here by the trace's hash ids: each names a stretch of `segment_tokens` prompt tokens
+together with all that comes before it. A stretch is kept as one `Segment` and not block by block,
+since traces share whole stretches; it may be cached in part, from its beginning. Keys hold the adapter:
+the same text under two adapters shares nothing, as in vLLM.
+
+Two requests that compute one stretch at the same time hold it twice, and the second copy is
+forgotten when it is freed, where vLLM could still find it. What a request generates is found again
+only by itself, after a preemption: a trace does not say which later prompt repeats it.
+"""
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from typing import Final
+
+
+class Segment:
+    """A run of blocks that stay together: `blocks` of them, in use by `users` requests."""
+
+    __slots__ = ("blocks", "key", "table", "users")
+
+    def __init__(self, blocks: int, table: "dict[int, Segment] | None", key: int) -> None:
+        self.blocks = blocks
+        self.users = 0
+        self.table = table
+        self.key = key
+
+
+class Holding:
+    """What one request holds: shared segments, `shared` blocks of them, and `private` blocks.
+
+    `parked` is what it left behind when it was preempted, and may find again.
+    """
+
+    __slots__ = ("parked", "private", "segments", "shared", "table")
+
+    def __init__(self) -> None:
+        self.segments: list[Segment] = []
+        self.shared = 0
+        self.private = 0
+        self.parked: Segment | None = None
+        self.table: dict[int, Segment] | None = None
+
+    @property
+    def blocks(self) -> int:
+        """All blocks that it holds."""
+        return self.shared + self.private
+
+
+class KVBlocks:
+    """`total` blocks of `block_tokens` each. `caching` off frees every block for good."""
+
+    def __init__(
+        self, total: int, block_tokens: int, *, caching: bool, segment_tokens: int
+    ) -> None:
+        self.total: Final = total
+        self.block_tokens: Final = block_tokens
+        self.segment_tokens: Final = segment_tokens
+        self.free = total
+        self._caching = caching
+        self._blank = total  # free blocks that hold nothing to be found
+        self._cached: OrderedDict[Segment, None] = (
+            OrderedDict()
+        )  # free, the first to go at the front
+        self._junk: Segment | None = (
+            None  # the last entry, where it holds nothing to be found again
+        )
+        self._tables: dict[Hashable, dict[int, Segment]] = {}
+
+    def blocks_for(self, tokens: int) -> int:
+        """How many blocks so many tokens take."""
+        return -(-tokens // self.block_tokens)
+
+    # Finding.
+
+    def lookup(
+        self, adapter: Hashable, hash_ids: Sequence[int], tokens: int, parked: Segment | None
+    ) -> tuple[list[Segment], int, int]:
+        """The longest cached prefix of a prompt of `tokens`, of which one at least is computed.
+
+        Returns the segments, their blocks in all, and how many of those are free now.
+        """
+        most = (tokens - 1) // self.block_tokens
+        found: list[Segment] = []
+        blocks = free = 0
+        table = self._tables.get(adapter) if hash_ids else None
+        complete = True
+        if table:
+            size, width = self.block_tokens, self.segment_tokens
+            for index, key in enumerate(hash_ids):
+                end = min((index + 1) * width, tokens) // size
+                if end == blocks:  # too short for a block of its own
+                    continue
+                segment = table.get(key)
+                if segment is None:
+                    complete = False
+                    break
+                usable = min(segment.blocks, end - blocks, most - blocks)
+                if usable <= 0:
+                    break
+                found.append(segment)
+                blocks += usable
+                if not segment.users:
+                    free += segment.blocks
+                if blocks < end:
+                    complete = False
+                    break
+        elif hash_ids:
+            complete = False
+        if parked is not None and parked.blocks and complete and blocks < most:
+            found.append(parked)
+            blocks += min(parked.blocks, most - blocks)
+            free += parked.blocks
+        return found, blocks, free
+
+    # Taking.
+
+    def share(self, holding: Holding, found: list[Segment], blocks: int) -> None:
+        """Hold segments that a lookup has found."""
+        for segment in found:
+            if not segment.users:
+                self._cached.pop(segment)
+                if segment is self._junk:
+                    self._junk = None
+                self.free -= segment.blocks
+            segment.users += 1
+        holding.segments.extend(found)
+        holding.shared = blocks
+
+    def take(self, blocks: int) -> None:
+        """Use free blocks, of which there are enough: blank ones first, then the oldest cached."""
+        assert blocks <= self.free, (blocks, self.free)
+        self.free -= blocks
+        if blocks <= self._blank:
+            self._blank -= blocks
+            return
+        blocks -= self._blank
+        self._blank = 0
+        cached = self._cached
+        while blocks:
+            segment = next(iter(cached))
+            if segment.blocks > blocks:
+                segment.blocks -= blocks
+                return
+            blocks -= segment.blocks
+            segment.blocks = 0
+            del cached[segment]
+            if segment is self._junk:
+                self._junk = None
+            if segment.table is not None:
+                del segment.table[segment.key]
+
+    def publish(
+        self, holding: Holding, adapter: Hashable, hash_ids: Sequence[int], start: int, end: int
+    ) -> None:
+        """The prompt's tokens from `start` to `end` are computed: others may find their blocks."""
+        size, width = self.block_tokens, self.segment_tokens
+        table = self._tables.get(adapter)
+        if table is None:
+            table = self._tables[adapter] = {}
+        last = min(len(hash_ids), -(-end // width))
+        for index in range(start // width, last):
+            first = index * width
+            before = max(start, first) // size - first // size
+            whole = min(end, first + width) // size - first // size
+            fresh = whole - before
+            if fresh <= 0:
+                continue
+            key = hash_ids[index]
+            segment = table.get(key)
+            if segment is None:
+                if before:  # its beginning was computed twice, and is another's
+                    continue
+                segment = table[key] = Segment(fresh, table, key)
+                segment.users = 1
+                holding.segments.append(segment)
+            elif segment.blocks == before and holding.segments and holding.segments[-1] is segment:
+                segment.blocks += fresh
+            else:
+                continue
+            holding.shared += fresh
+            holding.private -= fresh
+
+    # Giving back.
+
+    def release(self, holding: Holding, *, tokens: int, park: bool = False) -> None:
+        """Give back all that a request of `tokens` computed tokens holds, its last blocks first."""
+        private = holding.private
+        self.free += private
+        if not self._caching:
+            self._blank += private
+        else:
+            # Only a block that is full can be found again.
+            full = max(0, min(private, tokens // self.block_tokens - holding.shared))
+            self._blank += private - full
+            if park and holding.segments and holding.segments[-1].table is None:
+                found_again = holding.segments.pop()
+                self.free += found_again.blocks
+                full += found_again.blocks
+            if full:
+                self._append(full, holding if park else None)
+        for segment in reversed(holding.segments):
+            segment.users -= 1
+            if not segment.users:
+                self.free += segment.blocks
+                if segment.blocks:
+                    self._cached[segment] = None
+                    self._junk = None
+        holding.segments.clear()
+        holding.shared = holding.private = 0
+
+    def _append(self, blocks: int, owner: Holding | None) -> None:
+        if owner is None and self._junk is not None:
+            self._junk.blocks += blocks
+            return
+        segment = Segment(blocks, None, 0)
+        self._cached[segment] = None
+        if owner is None:
+            self._junk = segment
+        else:
+            self._junk = None
+            owner.parked = segment
+
+    # For the tests' invariants.
+
+    @property
+    def cached(self) -> int:
+        """Free blocks that hold something which could be found."""
+        return sum(segment.blocks for segment in self._cached)
+
+    @property
+    def blank(self) -> int:
+        """Free blocks that hold nothing."""
+        return self._blank
