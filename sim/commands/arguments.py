@@ -4,8 +4,11 @@ import argparse
 import os
 from pathlib import Path
 
+from rich.console import Console
+
 from router.config import ConfigError
 from router.core.policies import POLICIES
+from sim.traces import BadRows, Reading, TimeUnit
 from sim.workload import DEFAULT_LOCALITY
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "default.yaml"
@@ -29,6 +32,26 @@ def add_workload(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="give requests that name no adapter one of N",
     )
+    add_popularity(command)
+    command.add_argument(
+        "--speed",
+        type=above_zero,
+        default=1.0,
+        metavar="X",
+        help="let requests come X times as fast (default 1)",
+    )
+    add_reading(command)
+    command.add_argument("--limit", type=positive, metavar="N", help="replay the first N requests")
+    command.add_argument(
+        "--slo-ttft", type=above_zero, default=2.0, metavar="S", help="first token in S seconds"
+    )
+    command.add_argument(
+        "--slo-itl", type=above_zero, default=0.1, metavar="S", help="S seconds between tokens"
+    )
+
+
+def add_popularity(command: argparse.ArgumentParser) -> None:
+    """How adapters are drawn where a trace names none."""
     command.add_argument(
         "--locality",
         type=share,
@@ -44,20 +67,36 @@ def add_workload(command: argparse.ArgumentParser) -> None:
         metavar="S",
         help="exponent of the adapters' popularity (default 1)",
     )
+
+
+def add_reading(command: argparse.ArgumentParser) -> None:
+    """What of a trace's file to let be, and what it does not say itself."""
     command.add_argument(
-        "--speed",
-        type=above_zero,
-        default=1.0,
-        metavar="X",
-        help="let requests come X times as fast (default 1)",
-    )
-    command.add_argument("--limit", type=positive, metavar="N", help="replay the first N requests")
-    command.add_argument(
-        "--slo-ttft", type=above_zero, default=2.0, metavar="S", help="first token in S seconds"
+        "--skip-bad", action="store_true", help="leave bad rows out and count them"
     )
     command.add_argument(
-        "--slo-itl", type=above_zero, default=0.1, metavar="S", help="S seconds between tokens"
+        "--time-unit",
+        type=TimeUnit,
+        choices=list(TimeUnit),
+        help="what timestamps of JSON lines count (default ms; vLLM's timed_trace often has s)",
     )
+
+
+def reading(arguments: argparse.Namespace) -> Reading:
+    """How the command line wants traces read."""
+    return Reading(skip_bad=arguments.skip_bad, unit=arguments.time_unit)
+
+
+def tell_skipped(errors: Console, bad: BadRows) -> None:
+    """Say what was left out, if anything was."""
+    if bad.count:
+        errors.print(
+            f"left out {bad.count:,} bad rows; the first: {bad.first}",
+            style="yellow",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def add_policy(command: argparse.ArgumentParser) -> None:
