@@ -9,6 +9,7 @@ from rich.console import Console
 from router.config import ConfigError
 from router.core.policies import POLICIES
 from sim.traces import BadRows, Reading, TimeUnit
+from sim.traces.jsonl import MODEL
 from sim.workload import DEFAULT_LOCALITY
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "default.yaml"
@@ -119,6 +120,13 @@ def check_writable(option: str, path: Path | None) -> None:
         raise ConfigError(f"{option}: {path} cannot be written; name another file")
 
 
+def check_trace_output(path: Path) -> None:
+    """The same of a trace that is to be written, which takes the place of a file. As above."""
+    check_writable("OUT", path)
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"OUT: {path} is no file; name one")
+
+
 def _whole(text: str, least: int) -> int:
     try:
         value = int(text)
@@ -139,6 +147,13 @@ def natural(text: str) -> int:
     return _whole(text, 0)
 
 
+def base_model(text: str) -> str:
+    """The name of a base model, without an adapter's."""
+    if ":" in text or not MODEL.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a base model's name")
+    return text
+
+
 def _number(text: str, least: float, most: float) -> float:
     try:
         value = float(text)
@@ -157,6 +172,11 @@ def share(text: str) -> float:
 def not_negative(text: str) -> float:
     """A number from 0 to 100."""
     return _number(text, 0, 100)
+
+
+def at_least_one(text: str) -> float:
+    """A number from 1 to a million."""
+    return _number(text, 1, 1e6)
 
 
 def above_zero(text: str) -> float:

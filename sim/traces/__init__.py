@@ -31,6 +31,7 @@ __all__ = [
     "TraceRow",
     "TraceSummary",
     "format_of",
+    "no_rows",
     "read",
     "scan",
 ]
