@@ -92,7 +92,7 @@ def tell_skipped(errors: Console, bad: BadRows) -> None:
     """Say what was left out, if anything was."""
     if bad.count:
         errors.print(
-            f"left out {bad.count:,} bad rows; the first: {bad.first}",
+            f"bad rows left out: {bad.count:,}; the first: {bad.first}",
             style="yellow",
             highlight=False,
             markup=False,

@@ -43,8 +43,8 @@ def add(commands: "Commands") -> None:
             "Rows that name an adapter keep it."
         ),
         epilog=(
-            "example: python -m sim convert azure.csv out.jsonl --adapters 200 "
-            "--adapters-from sessions --seed 1"
+            "example: python -m sim convert azure.csv out.jsonl --adapters 200 --locality 0.6 "
+            "--seed 1"
         ),
     )
     command.add_argument("inputs", type=Path, nargs="+", metavar="IN", help="traces of any format")

@@ -44,7 +44,7 @@ def add(commands: "Commands") -> None:
         "generate",
         help="make up a workload: arrivals, lengths, adapters, tenants, sessions",
         description=(
-            "Make up a workload and write it as JSON lines. The same options give the same file, "
+            "Make up a workload and write it as JSON lines. The same options give the same file,\n"
             "byte for byte, on any machine; `extra.generated` in its first row records them."
         ),
         epilog=SYNTAX,
@@ -59,10 +59,17 @@ def add(commands: "Commands") -> None:
     size.add_argument("--seed", type=int, default=0, help="for every random choice (default 0)")
     _add_arrivals(command.add_argument_group("arrivals"))
     lengths = command.add_argument_group("lengths, in tokens")
-    lengths.add_argument("--input-tokens", type=law, metavar="LAW", help="(lognormal:1024:1)")
-    lengths.add_argument("--output-tokens", type=law, metavar="LAW", help="(lognormal:256:1)")
     lengths.add_argument(
-        "--lengths-from", type=Path, metavar="TRACE", help="draw pairs of another trace instead"
+        "--input-tokens", type=law, metavar="LAW", help="prompts (default lognormal:1024:1)"
+    )
+    lengths.add_argument(
+        "--output-tokens", type=law, metavar="LAW", help="answers (default lognormal:256:1)"
+    )
+    lengths.add_argument(
+        "--lengths-from",
+        type=Path,
+        metavar="TRACE",
+        help="draw them in pairs from another trace instead (its first million rows)",
     )
     _add_users(command)
     command.set_defaults(run=run)
@@ -101,7 +108,7 @@ def _add_arrivals(group: "argparse._ArgumentGroup") -> None:
 
 
 def _add_users(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--base", type=shared.base_model, metavar="NAME", help="the base model")
+    command.add_argument("--base", type=shared.base_model, metavar="NAME", help="(default base)")
     command.add_argument(
         "--adapters", type=shared.positive, metavar="N", help="each request asks for one of N"
     )

@@ -76,8 +76,9 @@ class Flash(msgspec.Struct, frozen=True):
 def mean_rps(arrivals: Arrivals) -> float:
     """Requests a second in the long run."""
     if isinstance(arrivals, Mmpp):
-        total_s = sum(state.mean_s for state in arrivals.states)
-        return sum(state.rate_rps * state.mean_s for state in arrivals.states) / total_s
+        # fsum: what `sum` makes of floats depends on the version of Python.
+        total_s = math.fsum(state.mean_s for state in arrivals.states)
+        return math.fsum(state.rate_rps * state.mean_s for state in arrivals.states) / total_s
     return arrivals.rate_rps
 
 

@@ -118,7 +118,7 @@ def scan(path: Path, *, limit: int | None = None, reading: Reading = AS_WRITTEN)
 def no_rows(path: Path, bad: BadRows) -> TraceError:
     """What to say of a trace of which nothing is left."""
     if bad.count:
-        return TraceError(path, 0, f"all {bad.count:,} rows are bad; the first: {bad.first}")
+        return TraceError(path, 0, f"no good row, {bad.count:,} bad; the first: {bad.first}")
     return TraceError(path, 1, "no rows; a trace has a row for each request")
 
 

@@ -8,6 +8,7 @@ import enum
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from sys import intern
 from typing import Final, Protocol
 
 import msgspec
@@ -116,7 +117,7 @@ def assigned(
 
 def _of_trace(path: Path, reading: Reading) -> Iterator[str | None]:
     for row in read(path, reading):
-        yield (row.model or "").partition(":")[2] or None
+        yield intern((row.model or "").partition(":")[2]) or None
 
 
 def _of_list(path: Path) -> Iterator[str]:
@@ -126,4 +127,4 @@ def _of_list(path: Path) -> Iterator[str]:
             if name and not ADAPTER.fullmatch(name):
                 raise TraceError(path, number, f"`{name[:80]}` is no adapter's name")
             if name:
-                yield name
+                yield intern(name)

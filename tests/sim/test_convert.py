@@ -157,6 +157,13 @@ def test_speed_and_limit(tmp_path: Path, azure: Path) -> None:
     assert [row.timestamp for row in rows] == [0, 250, 500, 750, 1000]
 
 
+def test_a_timed_trace_in_seconds(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    write(source, [TraceRow(1.5, 1, 1), TraceRow(2.75, 1, 1)])
+    rows = converted(tmp_path, source, ["--time-unit", "s"])
+    assert [row.timestamp for row in rows] == [0, 1250]
+
+
 def test_several_traces_lie_over_or_after_one_another(tmp_path: Path) -> None:
     one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
     write(one, [TraceRow(at, 1, 1, hash_ids=(0, 1), session_id="s") for at in (100, 200, 400)])
@@ -188,7 +195,7 @@ def test_bad_rows_stop_it_or_are_counted(
     assert out.read_text() == "what was there\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["azure.csv", "out.jsonl"]
     assert len(converted(tmp_path, azure, ["--skip-bad"])) == 198
-    assert "left out 2 bad rows; the first: " in capsys.readouterr().err
+    assert "bad rows left out: 2; the first: " in capsys.readouterr().err
 
 
 def test_the_summary_shows_the_locality(

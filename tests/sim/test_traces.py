@@ -223,7 +223,7 @@ def test_bad_rows_may_be_left_out_and_are_counted(tmp_path: Path) -> None:
     assert (summary.requests, summary.bad.count) == (2, 2)
     assert summary.bad.first.startswith(f"{path}:2: row is `{{`")
     path.write_text(AZURE + "x,1,2\n")
-    with pytest.raises(TraceError, match=r"all 1 rows are bad; the first: .*:2: TIMESTAMP is"):
+    with pytest.raises(TraceError, match=r"no good row, 1 bad; the first: .*:2: TIMESTAMP is"):
         scan(path, reading=Reading(skip_bad=True))
 
 
@@ -233,7 +233,7 @@ def test_replay_says_what_it_left_out(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["replay", str(path)]) == 2
     assert "row is `{`" in capsys.readouterr().err
     assert main(["replay", str(path), "--skip-bad"]) == 0
-    assert f"left out 1 bad rows; the first: {path}:2: row" in capsys.readouterr().err
+    assert f"bad rows left out: 1; the first: {path}:2: row" in capsys.readouterr().err
 
 
 def lru_hit_rate(names: list[str], slots: int) -> float:
