@@ -1,7 +1,10 @@
+import contextlib
 import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sim.__main__ import main
 from sim.traces import Reading, TimeUnit, TraceError, TraceFormat, TraceRow, format_of, read, scan
@@ -225,6 +228,26 @@ def test_bad_rows_may_be_left_out_and_are_counted(tmp_path: Path) -> None:
     path.write_text(AZURE + "x,1,2\n")
     with pytest.raises(TraceError, match=r"no good row, 1 bad; the first: .*:2: TIMESTAMP is"):
         scan(path, reading=Reading(skip_bad=True))
+
+
+STARTS = ["", "{", GOOD, AZURE, BURST, BURST_SESSIONS, SERVEGEN, SERVEGEN_MIXED]
+CELLS = st.sampled_from([*'{}[]":,\n\r\ufeff', "0", "5", "1e999", "nan", "\\ud800", "timestamp"])
+
+
+@given(
+    start=st.sampled_from(STARTS),
+    rest=st.lists(CELLS | st.text(max_size=3), max_size=30).map("".join) | st.binary(max_size=60),
+)
+@settings(max_examples=300, deadline=None)
+def test_whatever_a_file_holds_is_rows_or_a_trace_error(
+    start: str, rest: str | bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzzed"
+    tail = rest if isinstance(rest, bytes) else rest.encode("utf-8", errors="replace")
+    path.write_bytes(start.encode() + tail)
+    for reading in (Reading(), Reading(skip_bad=True)):
+        with contextlib.suppress(TraceError):
+            scan(path, reading=reading)
 
 
 def test_replay_says_what_it_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
