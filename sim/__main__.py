@@ -7,13 +7,13 @@ from typing import Final
 from rich.console import Console
 
 from router.config import ConfigError
-from sim.commands import replay
+from sim.commands import convert, generate, replay
 from sim.fleet import EngineArgumentError
 from sim.latency import CalibrationError
 from sim.replay import UnknownModelError
 from sim.traces import TraceError
 
-COMMANDS: Final = (replay,)
+COMMANDS: Final = (replay, convert, generate)
 USER_ERRORS: Final = (
     ConfigError,
     TraceError,

@@ -4,8 +4,12 @@ import argparse
 import os
 from pathlib import Path
 
+from rich.console import Console
+
 from router.config import ConfigError
 from router.core.policies import POLICIES
+from sim.traces import BadRows, Reading, TimeUnit
+from sim.traces.jsonl import MODEL
 from sim.workload import DEFAULT_LOCALITY
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "default.yaml"
@@ -29,6 +33,26 @@ def add_workload(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="give requests that name no adapter one of N",
     )
+    add_popularity(command)
+    command.add_argument(
+        "--speed",
+        type=above_zero,
+        default=1.0,
+        metavar="X",
+        help="let requests come X times as fast (default 1)",
+    )
+    add_reading(command)
+    command.add_argument("--limit", type=positive, metavar="N", help="replay the first N requests")
+    command.add_argument(
+        "--slo-ttft", type=above_zero, default=2.0, metavar="S", help="first token in S seconds"
+    )
+    command.add_argument(
+        "--slo-itl", type=above_zero, default=0.1, metavar="S", help="S seconds between tokens"
+    )
+
+
+def add_popularity(command: argparse.ArgumentParser) -> None:
+    """How adapters are drawn where a trace names none."""
     command.add_argument(
         "--locality",
         type=share,
@@ -44,20 +68,36 @@ def add_workload(command: argparse.ArgumentParser) -> None:
         metavar="S",
         help="exponent of the adapters' popularity (default 1)",
     )
+
+
+def add_reading(command: argparse.ArgumentParser) -> None:
+    """What of a trace's file to let be, and what it does not say itself."""
     command.add_argument(
-        "--speed",
-        type=above_zero,
-        default=1.0,
-        metavar="X",
-        help="let requests come X times as fast (default 1)",
-    )
-    command.add_argument("--limit", type=positive, metavar="N", help="replay the first N requests")
-    command.add_argument(
-        "--slo-ttft", type=above_zero, default=2.0, metavar="S", help="first token in S seconds"
+        "--skip-bad", action="store_true", help="leave bad rows out and count them"
     )
     command.add_argument(
-        "--slo-itl", type=above_zero, default=0.1, metavar="S", help="S seconds between tokens"
+        "--time-unit",
+        type=TimeUnit,
+        choices=list(TimeUnit),
+        help="what timestamps of JSON lines count (default ms; vLLM's timed_trace often has s)",
     )
+
+
+def reading(arguments: argparse.Namespace) -> Reading:
+    """How the command line wants traces read."""
+    return Reading(skip_bad=arguments.skip_bad, unit=arguments.time_unit)
+
+
+def tell_skipped(errors: Console, bad: BadRows) -> None:
+    """Say what was left out, if anything was."""
+    if bad.count:
+        errors.print(
+            f"bad rows left out: {bad.count:,}; the first: {bad.first}",
+            style="yellow",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def add_policy(command: argparse.ArgumentParser) -> None:
@@ -80,6 +120,13 @@ def check_writable(option: str, path: Path | None) -> None:
         raise ConfigError(f"{option}: {path} cannot be written; name another file")
 
 
+def check_trace_output(path: Path) -> None:
+    """The same of a trace that is to be written, which takes the place of a file. As above."""
+    check_writable("OUT", path)
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"OUT: {path} is no file; name one")
+
+
 def _whole(text: str, least: int) -> int:
     try:
         value = int(text)
@@ -100,6 +147,13 @@ def natural(text: str) -> int:
     return _whole(text, 0)
 
 
+def base_model(text: str) -> str:
+    """The name of a base model, without an adapter's."""
+    if ":" in text or not MODEL.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a base model's name")
+    return text
+
+
 def _number(text: str, least: float, most: float) -> float:
     try:
         value = float(text)
@@ -118,6 +172,11 @@ def share(text: str) -> float:
 def not_negative(text: str) -> float:
     """A number from 0 to 100."""
     return _number(text, 0, 100)
+
+
+def at_least_one(text: str) -> float:
+    """A number from 1 to a million."""
+    return _number(text, 1, 1e6)
 
 
 def above_zero(text: str) -> float:

@@ -40,7 +40,8 @@ def add(commands: "Commands") -> None:
         help="replay a trace and print latencies, hits, loads and goodput",
         description=(
             "Replay a trace through the production router over simulated vLLM workers. Traces are "
-            "JSON lines (timestamp in ms, input_length, output_length, extra.model) or Azure's CSV."
+            "JSON lines (timestamp in ms, input_length, output_length, extra.model) or the CSV of "
+            "Azure, BurstGPT or ServeGen, told apart by how they begin."
         ),
         epilog=(
             "example: python -m sim replay azure.csv --adapters 200 --seed 1 "
@@ -69,8 +70,10 @@ def replay(arguments: argparse.Namespace, errors: Console) -> dict[str, Any]:
     config = load(arguments.config)
     for option, path in (("--json", arguments.json), ("--report", arguments.report)):
         shared.check_writable(option, path)
-    summary = scan(arguments.trace, limit=arguments.limit)
-    rows = itertools.islice(read(arguments.trace), arguments.limit)
+    reading = shared.reading(arguments)
+    summary = scan(arguments.trace, limit=arguments.limit, reading=reading)
+    shared.tell_skipped(errors, summary.bad)
+    rows = itertools.islice(read(arguments.trace, reading), arguments.limit)
     options = Options(
         policy=arguments.policy or config.router.policy,
         seed=arguments.seed,

@@ -1,18 +1,42 @@
 """Traces: read row by row, checked row by row, whatever the format.
 
-`scan` reads a whole file once and stops at the first bad row, before anything is simulated;
-`read` yields the rows, again from the file, so that a trace of a million rows is never in memory.
+`scan` reads a whole file once and stops at the first bad row (or counts them, where it is told to),
+before anything is simulated; `read` yields the rows, again from the file, so that a trace of a
+million rows is never in memory.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 
-from sim.traces import azure, jsonl
-from sim.traces.row import TraceError, TraceRow
+from sim.traces.formats import (
+    BYTE_ORDER_MARK,
+    Reading,
+    TraceFormat,
+    UnknownFormatError,
+    detect,
+    parser,
+)
+from sim.traces.jsonl import TimeUnit
+from sim.traces.row import BadRows, RowError, TraceError, TraceRow
 
-__all__ = ["TraceError", "TraceRow", "TraceSummary", "read", "scan"]
+__all__ = [
+    "BadRows",
+    "Reading",
+    "TimeUnit",
+    "TraceError",
+    "TraceFormat",
+    "TraceRow",
+    "TraceSummary",
+    "format_of",
+    "no_rows",
+    "read",
+    "scan",
+]
+
+AS_WRITTEN = Reading()
 
 
 class TraceSummary(msgspec.Struct, frozen=True):
@@ -23,52 +47,59 @@ class TraceSummary(msgspec.Struct, frozen=True):
     input_tokens: int
     output_tokens: int
     models: dict[str, int]
+    bad: BadRows
 
 
-def read(path: Path) -> Iterator[TraceRow]:
-    """Yield the rows of a trace, in order of time. Raises `TraceError` with the line at fault."""
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise TraceError(path, 0, f"{error.strerror}; name a .jsonl or .csv trace") from None
-    with file:
-        try:
-            start = file.read(65536).lstrip(b"\xef\xbb\xbf \t\r\n")
-            file.seek(0)
-        except OSError:
-            raise TraceError(path, 0, "cannot be read twice; write it to a file first") from None
-        if not start:
-            raise TraceError(path, 1, "the file is empty; a trace has a row for each request")
-        if start.startswith(b"{"):
-            rows = jsonl.rows(path, file)
-        elif start.upper().startswith(b"TIMESTAMP,"):
-            rows = azure.rows(path, file)
-        else:
-            raise TraceError(
-                path,
-                1,
-                'neither JSON lines ({"timestamp": ms, "input_length": n, ...}) nor Azure\'s CSV '
-                "(TIMESTAMP,ContextTokens,GeneratedTokens)",
-            )
+def format_of(path: Path) -> TraceFormat:
+    """The format of a file. Raises `TraceError`."""
+    with _opened(path) as file:
+        return _begun(path, file)[0]
+
+
+def read(
+    path: Path, reading: Reading = AS_WRITTEN, bad: BadRows | None = None
+) -> Iterator[TraceRow]:
+    """Yield the rows of a trace, in order of time.
+
+    Raises `TraceError` with the line at fault; with `reading.skip_bad`, counts it in `bad` instead.
+    """
+    with _opened(path) as file:
+        found, header = _begun(path, file)
+        parse = parser(found, header, reading.unit)
         last_ms = float("-inf")
-        for line, row in rows:
-            if row.timestamp < last_ms:
-                raise TraceError(
-                    path,
-                    line,
-                    f"timestamp {row.timestamp:g} ms is earlier than the row before "
-                    f"({last_ms:g} ms); sort the trace by timestamp",
-                )
+        for number, line in enumerate(file, 1):
+            if line.isspace():
+                continue
+            if number == 1:
+                if found.has_header:
+                    continue
+                line = line.removeprefix(BYTE_ORDER_MARK)  # noqa: PLW2901
+            try:
+                row = parse(line)
+                if row.timestamp < last_ms:
+                    raise RowError(
+                        "timestamp",
+                        f"{row.timestamp:g} ms",
+                        f"{last_ms:g} ms or later, as in the row before; sort the trace by time",
+                    )
+            except RowError as error:
+                problem = TraceError(path, number, str(error))
+                if not reading.skip_bad:
+                    raise problem from None
+                if bad is not None:
+                    bad.add(problem)
+                continue
             last_ms = row.timestamp
             yield row
 
 
-def scan(path: Path, *, limit: int | None = None) -> TraceSummary:
+def scan(path: Path, *, limit: int | None = None, reading: Reading = AS_WRITTEN) -> TraceSummary:
     """Read a trace to its end (or `limit` rows), checking every row. Raises `TraceError`."""
     requests = inputs = outputs = 0
     first_ms = last_ms = 0.0
     models: dict[str, int] = {}
-    for row in read(path):
+    bad = BadRows()
+    for row in read(path, reading, bad):
         if requests == 0:
             first_ms = row.timestamp
         last_ms = row.timestamp
@@ -80,5 +111,36 @@ def scan(path: Path, *, limit: int | None = None) -> TraceSummary:
         if requests == limit:
             break
     if not requests:
-        raise TraceError(path, 1, "no rows; a trace has a row for each request")
-    return TraceSummary(requests, (last_ms - first_ms) / 1000, inputs, outputs, models)
+        raise no_rows(path, bad)
+    return TraceSummary(requests, (last_ms - first_ms) / 1000, inputs, outputs, models, bad)
+
+
+def no_rows(path: Path, bad: BadRows) -> TraceError:
+    """What to say of a trace of which nothing is left."""
+    if bad.count:
+        return TraceError(path, 0, f"no good row, {bad.count:,} bad; the first: {bad.first}")
+    return TraceError(path, 1, "no rows; a trace has a row for each request")
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise TraceError(path, 0, f"{error.strerror}; name a .jsonl or .csv trace") from None
+
+
+def _begun(path: Path, file: BinaryIO) -> tuple[TraceFormat, str]:
+    """The format and the first line of a file, which is left at its beginning."""
+    try:
+        start = file.read(65536)
+        file.seek(0)
+    except OSError:
+        raise TraceError(path, 0, "cannot be read twice; write it to a file first") from None
+    if not start.removeprefix(BYTE_ORDER_MARK).strip():
+        raise TraceError(path, 1, "the file is empty; a trace has a row for each request")
+    first = start.removeprefix(BYTE_ORDER_MARK).partition(b"\n")[0]
+    try:
+        found = detect(start)
+    except UnknownFormatError as error:
+        raise TraceError(path, 1, str(error)) from None
+    return found, first.decode("utf-8", errors="replace").strip()

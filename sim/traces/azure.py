@@ -1,46 +1,39 @@
-"""The Azure LLM inference traces of 2023 and 2024: CSV with a date, prompt and output tokens."""
+"""The Azure LLM inference traces of 2023 and 2024: CSV with a date, prompt and output tokens.
+
+Dates have seven digits of a second in 2023, six or none and a zone in 2024; the multimodal trace has
+a column more (`NumImages`). Time counts from the first row.
+"""
 
 import re
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
-from sim.traces.row import TraceError, TraceRow
+from sim.traces.columns import Columns, tokens
+from sim.traces.row import RowError, TraceRow
 
-HEADER: Final = "TIMESTAMP,ContextTokens,GeneratedTokens"
-FIELDS: Final = 3
-DIGITS_MAX: Final = 9
-SEVENTH_DIGIT: Final = re.compile(r"(\.\d{6})\d+")
+WANTED: Final = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+HEADER: Final = ",".join(WANTED)
+SEVENTH_DIGIT: Final = re.compile(r"(\.\d{6})\d+")  # datetime takes six
 MICROSECOND: Final = timedelta(microseconds=1)
 
 
-def rows(path: Path, file: BinaryIO) -> Iterator[tuple[int, TraceRow]]:
-    """Yield each row with its line number; time counts from the first row."""
-    first: datetime | None = None
-    for number, raw in enumerate(file, 1):
-        text = raw.decode("utf-8", errors="replace").strip().removeprefix("\ufeff")
-        if number == 1:
-            if text != HEADER:
-                raise TraceError(path, 1, f"the header is `{text}`, not `{HEADER}`")
-            continue
-        if not text:
-            continue
-        fields = text.split(",")
-        if len(fields) != FIELDS:
-            raise TraceError(path, number, f"{len(fields)} fields, expected {FIELDS}: {HEADER}")
+class Rows:
+    """Reads the lines below one header."""
+
+    def __init__(self, header: str) -> None:
+        self._columns = Columns(header, WANTED)
+        self._first: datetime | None = None
+
+    def __call__(self, line: bytes) -> TraceRow:
+        """One row. Raises `RowError`."""
+        date, context, generated = self._columns.cells(line)
         try:
-            # Seven digits of a second in 2023, where datetime takes six; a zone in 2024.
-            at = datetime.fromisoformat(SEVENTH_DIGIT.sub(r"\1", fields[0]))
+            at = datetime.fromisoformat(SEVENTH_DIGIT.sub(r"\1", date))
             at = at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
         except (ValueError, OverflowError):
-            raise TraceError(
-                path, number, f"TIMESTAMP `{fields[0]}` is no time such as 2023-11-16 18:15:46.68"
+            raise RowError(
+                "TIMESTAMP", date, "a time such as 2023-11-16 18:15:46.6805900"
             ) from None
-        lengths = []
-        for name, value in zip(("ContextTokens", "GeneratedTokens"), fields[1:], strict=True):
-            if not value.strip().isdecimal() or len(value) > DIGITS_MAX:
-                raise TraceError(path, number, f"{name} `{value}` is no number of tokens")
-            lengths.append(int(value))
-        first = first or at
-        yield number, TraceRow((at - first) / MICROSECOND / 1000, lengths[0], lengths[1])
+        inputs, outputs = tokens("ContextTokens", context), tokens("GeneratedTokens", generated)
+        self._first = self._first or at
+        return TraceRow((at - self._first) / MICROSECOND / 1000, inputs, outputs)

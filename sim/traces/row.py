@@ -1,8 +1,17 @@
-"""One row of a trace, and what is wrong with a bad one."""
+"""One row of a trace, and what is wrong with a bad one.
+
+A bad row is told in four facts, since whoever has to mend a file of a million rows has nothing else:
+its line, the field, what stands there and what should.
+"""
 
 from pathlib import Path
+from typing import Final
 
 import msgspec
+
+TOKENS_MAX: Final = 100_000_000
+TOKENS: Final = f"a whole number of tokens, 0 to {TOKENS_MAX:,}"
+FOUND_CHARACTERS: Final = 80
 
 
 class TraceRow(msgspec.Struct, frozen=True, gc=False):
@@ -18,6 +27,14 @@ class TraceRow(msgspec.Struct, frozen=True, gc=False):
     hash_ids: tuple[int, ...] = ()
 
 
+class RowError(Exception):
+    """A row is bad. `found` is None where the field is missing."""
+
+    def __init__(self, field: str, found: str | None, expected: str) -> None:
+        is_what = "is missing" if found is None else f"is `{_short(found)}`"
+        super().__init__(f"{field} {is_what}; expected {expected}")
+
+
 class TraceError(Exception):
     """A trace cannot be read. The message names file, line, what is wrong and what is right."""
 
@@ -25,3 +42,20 @@ class TraceError(Exception):
         where = f"{path}:{line}" if line else str(path)
         super().__init__(f"{where}: {message}")
         self.line = line
+
+
+class BadRows(msgspec.Struct):
+    """The rows that were left out: how many, and what is wrong with the first."""
+
+    count: int = 0
+    first: str = ""
+
+    def add(self, error: TraceError) -> None:
+        """Count one."""
+        if not self.count:
+            self.first = str(error)
+        self.count += 1
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= FOUND_CHARACTERS else f"{text[: FOUND_CHARACTERS - 3]}..."

@@ -192,7 +192,7 @@ def test_a_model_that_is_not_configured_is_said_before_the_run(tmp_path: Path) -
 
 BAD = [
     (("nowhere.jsonl",), "nowhere.jsonl: No such file or directory; name a .jsonl or .csv trace"),
-    (("{broken}",), "broken.jsonl:2: not valid JSON"),
+    (("{broken}",), "broken.jsonl:2: row is"),
     (("{good}", "--config", "{config}"), "c.yaml:2: unknown key `llm`"),
     (("{good}", "--json", "/nonexistent/x.json"), "there is no folder /nonexistent; make it first"),
     (("{good}", "--adapters", "-1"), "-1 is below 0"),
