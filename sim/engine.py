@@ -276,7 +276,8 @@ class SimEngine:
             self._waiting.remove(request)
         else:
             self._aborted.append(request)
-            self._awaken(self._current_tick() + 1)
+        # Whoever waits behind it may find room now.
+        self._awaken(self._current_tick() + 1)
         if request.on_done is not None:
             request.on_done(request)
 

@@ -14,6 +14,7 @@ from sim.traces.row import RowError, TraceRow
 WANTED: Final = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 HEADER: Final = ",".join(WANTED)
 SEVENTH_DIGIT: Final = re.compile(r"(\.\d{6})\d+")  # datetime takes six
+DATE_2023: Final = len("2023-11-16 18:15:46.6805900")
 MICROSECOND: Final = timedelta(microseconds=1)
 
 
@@ -28,7 +29,10 @@ class Rows:
         """One row. Raises `RowError`."""
         date, context, generated = self._columns.cells(line)
         try:
-            at = datetime.fromisoformat(SEVENTH_DIGIT.sub(r"\1", date))
+            if len(date) == DATE_2023 and date[-8] == "." and date[-1].isdecimal():
+                at = datetime.fromisoformat(date[:-1])  # the same as below, for the many
+            else:
+                at = datetime.fromisoformat(SEVENTH_DIGIT.sub(r"\1", date))
             at = at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
         except (ValueError, OverflowError):
             raise RowError(
