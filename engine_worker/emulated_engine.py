@@ -24,7 +24,7 @@ from aiohttp import web
 from engine_worker import protocol
 from engine_worker.options import WorkerOptions
 from engine_worker.protocol import AdapterId, Info
-from engine_worker.service import StateFeed, WorkerError, WorkerService
+from engine_worker.service import StateFeed, Tiers, WorkerError, WorkerService
 from sim.engine import EngineRequest, SimEngine, engine_limits
 from sim.environment import Environment
 from sim.latency import CalibrationError, LatencyModel, read_calibration
@@ -121,7 +121,7 @@ class EmulatedAdapters:
         # What each version's weights are, loaded last at the end.
         self._weights: dict[AdapterId, str] = {}
 
-    async def add(self, adapter: AdapterId, path: str, evict: Sequence[AdapterId]) -> None:
+    async def add(self, adapter: AdapterId, path: str, evict: Sequence[AdapterId]) -> Tiers:
         """Check the weights as an engine would, then load for as long as the model says."""
         digest = await asyncio.to_thread(check_weights, Path(path))
         loop = asyncio.get_running_loop()
@@ -142,6 +142,7 @@ class EmulatedAdapters:
             self._weights.pop(victim, None)
         for victim in evict[1:]:
             self._engine.evict(victim)
+        return await self.residency()
 
     async def remove(self, adapter: AdapterId) -> None:
         """Drop the adapter from both tiers."""
@@ -160,7 +161,7 @@ class EmulatedAdapters:
                 return adapter, digest
         return None
 
-    async def residency(self) -> tuple[tuple[AdapterId, ...], tuple[AdapterId, ...]]:
+    async def residency(self) -> Tiers:
         """Read off the model."""
         gpu, host = self._engine.gpu, self._engine.host
         # The model's keys are the ids that `add` gave it.

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 import msgspec
 
@@ -43,11 +43,15 @@ class WorkerError(Exception):
         return msgspec.json.encode(WireError(WireErrorBody(str(self))))
 
 
+# The adapters in slots, and those in host memory alone.
+Tiers: TypeAlias = tuple[tuple[AdapterId, ...], tuple[AdapterId, ...]]
+
+
 class Engine(Protocol):
     """An engine that holds adapters."""
 
-    async def add(self, adapter: AdapterId, path: str, evict: Sequence[AdapterId]) -> None:
-        """Load an adapter, unless it is held, then drop `evict`.
+    async def add(self, adapter: AdapterId, path: str, evict: Sequence[AdapterId]) -> Tiers:
+        """Load an adapter, unless it is held, then drop `evict`; where the adapters are after it.
 
         Raises `WorkerError`, having dropped nothing.
         """
@@ -55,8 +59,8 @@ class Engine(Protocol):
     async def remove(self, adapter: AdapterId) -> None:
         """Drop an adapter; harmless where it is not held."""
 
-    async def residency(self) -> tuple[tuple[AdapterId, ...], tuple[AdapterId, ...]]:
-        """The adapters in slots, and those in host memory alone."""
+    async def residency(self) -> Tiers:
+        """Where the adapters are."""
 
 
 class StateFeed:
@@ -142,8 +146,8 @@ class WorkerService:
                 started = time.monotonic()
                 if not (Path(request.path) / "adapter_config.json").is_file():
                     raise WorkerError(400, f"no adapter_config.json in {request.path}")
-                await self._engine.add(adapter, request.path, request.evict)
-                await self.refresh()
+                tiers = await self._engine.add(adapter, request.path, request.evict)
+                self._feed.set_adapters(*tiers)
                 return msgspec.json.encode(
                     LoadReply(self._feed.state.seq, time.monotonic() - started)
                 )

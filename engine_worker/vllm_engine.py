@@ -26,7 +26,7 @@ from typing import Any, Final
 from engine_worker import protocol
 from engine_worker.options import WorkerOptions
 from engine_worker.protocol import AdapterId, Info
-from engine_worker.service import StateFeed, WorkerError, WorkerService
+from engine_worker.service import StateFeed, Tiers, WorkerError, WorkerService
 
 # With the CPU build: one gigabyte of KV blocks, one thread an engine unless told otherwise. The
 # build's own default takes half of the memory and every core, for each engine of the machine.
@@ -240,10 +240,12 @@ class VllmAdapters:
         self._kept: OrderedDict[AdapterId, Any] = OrderedDict()
         self._kept_max = lora_config.max_cpu_loras if lora_config else 0
 
-    async def add(self, adapter: AdapterId, path: str, evict: Sequence[AdapterId]) -> None:
+    async def add(self, adapter: AdapterId, path: str, evict: Sequence[AdapterId]) -> Tiers:
         """Load through the engine, which checks the weights before it drops any.
 
-        For an adapter that it holds the engine only notes the use.
+        For an adapter that it holds the engine only notes the use. Each call to an engine that is busy
+        waits for the end of a step; what follows the load is sent at once, in order, so that it waits
+        for one step and not for one each.
         """
         from vllm.lora.request import LoRARequest  # noqa: PLC0415
 
@@ -261,8 +263,12 @@ class VllmAdapters:
                 message = f"vLLM refused {adapter.name}: {_last_line(error)}"
                 raise WorkerError(400, message) from error
             self._served.serve(adapter, request)
-            for evicted in evict:
-                await self._drop(evicted)
+            drops = [self._drop(evicted) for evicted in evict]
+            try:
+                *_, tiers = await asyncio.gather(*drops, self.residency())
+            except Exception as error:  # it answered a moment ago: it is dying
+                raise WorkerError(500, f"the engine fails: {_last_line(error)}") from error
+            return tiers
 
     async def remove(self, adapter: AdapterId) -> None:
         """Take the adapter out of the engine; requests that run on it keep their weights."""
@@ -281,7 +287,7 @@ class VllmAdapters:
         while len(self._kept) > self._kept_max:
             self._kept.popitem(last=False)
 
-    async def residency(self) -> tuple[tuple[AdapterId, ...], tuple[AdapterId, ...]]:
+    async def residency(self) -> Tiers:
         """Ask the engine's processes; the first speaks for all, they hold the same.
 
         Of adapters that are no longer served none is told to be in a slot, though the engine may
@@ -294,8 +300,10 @@ class VllmAdapters:
         kept = {request.lora_int_id: adapter for adapter, request in self._kept.items()}
         if not served and not kept:
             return (), ()
-        slots = set((await self._engine.collective_rpc("lorayard_gpu_lora_ids"))[0])
-        held = sorted(await self._engine.list_loras())
+        in_slots, known = await asyncio.gather(
+            self._engine.collective_rpc("lorayard_gpu_lora_ids"), self._engine.list_loras()
+        )
+        slots, held = set(in_slots[0]), sorted(known)
         gpu = tuple(served[number] for number in held if number in served and number in slots)
         elsewhere = {**kept, **{number: served[number] for number in served if number not in slots}}
         return gpu, tuple(elsewhere[number] for number in held if number in elsewhere)

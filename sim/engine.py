@@ -8,7 +8,8 @@ on prompts, in chunks, the running ones first (`Scheduler.schedule` of vLLM 0.32
     place among `max_num_seqs`, and memory for the whole prompt; one whose adapter would be one too many
     in the batch is passed by, however long it has waited;
   - what a request's prompt shares with a cached prefix under the same adapter is not computed again.
-A load happens between two steps and stalls them all.
+A load happens between two steps and stalls them all. Where a batch runs, its end is known one step
+later: what was evicted is dropped, and the slots are read, by calls that wait for a boundary again.
 
 Steps in which nothing changes are taken as one event: a batch that only decodes goes on to its next
 completion, to the last step that memory allows, or until an arrival, a load or an abort ends it at a
@@ -195,6 +196,8 @@ class SimEngine:
         self.host: OrderedDict[Hashable, None] = OrderedDict()
         self.adapters_seq = 0  # rises with every change of the two
         self.host_slots: Final = max(limits.max_cpu_loras, limits.max_loras + 1)
+        # Without a host tier of its own, what is evicted is removed to make the room.
+        self._keeps_evicted: Final = self.host_slots > limits.max_loras + 1
         blocks = limits.num_gpu_blocks_override or latency.kv_tokens // limits.block_size
         self.kv = KVBlocks(
             max(1, blocks),
@@ -213,6 +216,7 @@ class SimEngine:
         self._running = 0
         self._batch_adapters: dict[Hashable, int] = {}
         self._loads: deque[_Load] = deque()
+        self._installed: list[_Load] = []  # in their slots; their callers do not know it yet
         self._aborted: list[EngineRequest] = []
         self._doing = _Doing.IDLE
         self._due: simpy.Event | None = None
@@ -290,7 +294,7 @@ class SimEngine:
 
     def evict(self, adapter: Hashable) -> None:
         """Drop an adapter from its GPU slot; it stays in host memory for as long as that lasts."""
-        self.gpu.pop(adapter, None)
+        self._drop(adapter)
         self.adapters_seq += 1
         self._changed()
 
@@ -369,6 +373,9 @@ class SimEngine:
         doing, self._doing = self._doing, _Doing.WAKING
         match doing:
             case _Doing.STEPPING:
+                installed, self._installed = self._installed, []
+                for load in installed:
+                    load.done.succeed()
                 self._advance()
             case _Doing.LOADING:
                 self._install(self._loads.popleft())
@@ -438,7 +445,9 @@ class SimEngine:
         if chunks:
             self._first_ps += latency.prefill_ps(tokens, pairs, adapters) + stall_ps
             return 1
-        return 1 if preempted or not self._jump else self._steps_ahead()
+        if preempted or self._installed or not self._jump:
+            return 1
+        return self._steps_ahead()
 
     def _steps_ahead(self) -> int:
         """For how many steps nothing changes: to the next completion, or while memory lasts."""
@@ -719,9 +728,17 @@ class SimEngine:
 
     def _install(self, load: _Load) -> None:
         if load.evict is not None:
-            self.gpu.pop(load.evict, None)
+            self._drop(load.evict)
         if load.adapter not in self.gpu:
             self.counters.loads += 1
         self._bring(load.adapter)
-        load.done.succeed()
+        if self._running:
+            self._installed.append(load)
+        else:
+            load.done.succeed()
         self._changed()
+
+    def _drop(self, adapter: Hashable) -> None:
+        self.gpu.pop(adapter, None)
+        if not self._keeps_evicted:
+            self.host.pop(adapter, None)

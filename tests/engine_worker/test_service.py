@@ -9,7 +9,7 @@ import pytest
 from adapter_files import write_adapter
 
 from engine_worker.protocol import AdapterId, Info, LoadReply, LoadRequest, State, UnloadRequest
-from engine_worker.service import StateFeed, WorkerError, WorkerService
+from engine_worker.service import StateFeed, Tiers, WorkerError, WorkerService
 
 
 class Engine:
@@ -20,7 +20,7 @@ class Engine:
         self.calls = 0
         self.fail = False
 
-    async def add(self, adapter: AdapterId, path: str, evict: Sequence[AdapterId]) -> None:
+    async def add(self, adapter: AdapterId, path: str, evict: Sequence[AdapterId]) -> Tiers:
         self.calls += 1
         self.adding += 1
         self.adding_peak = max(self.adding_peak, self.adding)
@@ -31,11 +31,12 @@ class Engine:
         self.held[adapter] = path
         for victim in evict:
             self.held.pop(victim, None)
+        return await self.residency()
 
     async def remove(self, adapter: AdapterId) -> None:
         self.held.pop(adapter, None)
 
-    async def residency(self) -> tuple[tuple[AdapterId, ...], tuple[AdapterId, ...]]:
+    async def residency(self) -> Tiers:
         return tuple(self.held), ()
 
 

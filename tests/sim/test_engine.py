@@ -209,11 +209,12 @@ def test_an_adapter_too_many_is_passed_by_and_starves_while_others_come() -> Non
 
 def test_a_load_stalls_the_batch_and_costs_by_its_tier() -> None:
     env = Environment()
-    model = engine(env)
+    model = engine(env, max_cpu_loras=4)
     model.submit(request(10, 1000))
     env.run(until=1.5)
     env.run(model.load("a"))
-    assert env.now == pytest.approx(2.3 + 4.0), "at the end of the second step"
+    # The first step ends at 1.2, the second at 2.3; then the load, and the step until it is known.
+    assert env.now == pytest.approx(2.3 + 4.0 + 1.1)
     env.run(model.load("b"))
     env.run(model.load("c", evict="a"))
     assert list(model.gpu) == ["b", "c"]
@@ -240,16 +241,32 @@ def test_a_request_for_an_adapter_in_no_slot_makes_its_step_wait() -> None:
     assert list(model.gpu) == ["a"]
 
 
+def test_without_a_host_tier_what_is_evicted_is_gone() -> None:
+    env = Environment()
+    model = engine(env, max_loras=1)
+    for adapter, evict in (("a", None), ("b", "a"), ("a", "b")):
+        env.run(model.load(adapter, evict))
+    assert model.counters.stalled_s == pytest.approx(12.0)
+    assert (list(model.gpu), list(model.host)) == (["a"], ["a"])
+
+
 def test_host_memory_keeps_the_last_used() -> None:
     env = Environment()
-    model = engine(env, max_loras=1, max_cpu_loras=2)
+    model = engine(env, max_loras=1, max_cpu_loras=3)
     times = []
-    for adapter, evict in (("a", None), ("b", "a"), ("a", "b"), ("c", "a"), ("b", "c")):
+    for adapter, evict in (
+        ("a", None),
+        ("b", "a"),
+        ("a", "b"),
+        ("c", "a"),
+        ("d", "c"),
+        ("b", "d"),
+    ):
         started = env.now
         env.run(model.load(adapter, evict))
         times.append(env.now - started)
-    # a and b from disk; a again from host memory; c from disk drops b, used longest ago.
-    assert times == pytest.approx([4.0, 4.0, 0.25, 4.0, 4.0])
+    # a and b from disk; a again from host memory; c from disk; d from disk drops b, used longest ago.
+    assert times == pytest.approx([4.0, 4.0, 0.25, 4.0, 4.0, 4.0])
 
 
 def test_an_abort_frees_what_it_held_at_the_next_boundary() -> None:
