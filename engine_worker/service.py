@@ -50,10 +50,11 @@ Tiers: TypeAlias = tuple[tuple[AdapterId, ...], tuple[AdapterId, ...]]
 class Engine(Protocol):
     """An engine that holds adapters."""
 
-    async def add(self, adapter: AdapterId, path: str, evict: Sequence[AdapterId]) -> Tiers:
-        """Load an adapter, unless it is held, then drop `evict`; where the adapters are after it.
+    async def add(self, adapter: AdapterId, path: str, evict: Sequence[AdapterId]) -> Tiers | None:
+        """Load an adapter, unless it is held, then drop `evict`.
 
-        Raises `WorkerError`, having dropped nothing.
+        Returns where the adapters are after it, or None where the engine does not say. Raises
+        `WorkerError`, having dropped nothing.
         """
 
     async def remove(self, adapter: AdapterId) -> None:
@@ -147,7 +148,8 @@ class WorkerService:
                 if not (Path(request.path) / "adapter_config.json").is_file():
                     raise WorkerError(400, f"no adapter_config.json in {request.path}")
                 tiers = await self._engine.add(adapter, request.path, request.evict)
-                self._feed.set_adapters(*tiers)
+                state = self._feed.state
+                self._feed.set_adapters(*(tiers or (state.gpu, state.host)))
                 return msgspec.json.encode(
                     LoadReply(self._feed.state.seq, time.monotonic() - started)
                 )

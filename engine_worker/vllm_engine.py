@@ -7,6 +7,7 @@ of their own for each version, so that neither weights nor prefix-cache blocks a
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -44,6 +45,7 @@ RESIDENCY_PERIOD_S: Final = 1.0
 UNSET: Final = object()
 
 # The version that the request at hand was routed for; each request runs in a context of its own.
+log = logging.getLogger("lorayard.worker")
 asked_version: ContextVar[str] = ContextVar("asked_version", default="")
 
 Scope = MutableMapping[str, Any]
@@ -240,7 +242,7 @@ class VllmAdapters:
         self._kept: OrderedDict[AdapterId, Any] = OrderedDict()
         self._kept_max = lora_config.max_cpu_loras if lora_config else 0
 
-    async def add(self, adapter: AdapterId, path: str, evict: Sequence[AdapterId]) -> Tiers:
+    async def add(self, adapter: AdapterId, path: str, evict: Sequence[AdapterId]) -> Tiers | None:
         """Load through the engine, which checks the weights before it drops any.
 
         For an adapter that it holds the engine only notes the use. Each call to an engine that is busy
@@ -264,10 +266,10 @@ class VllmAdapters:
                 raise WorkerError(400, message) from error
             self._served.serve(adapter, request)
             drops = [self._drop(evicted) for evicted in evict]
-            try:
-                *_, tiers = await asyncio.gather(*drops, self.residency())
-            except Exception as error:  # it answered a moment ago: it is dying
-                raise WorkerError(500, f"the engine fails: {_last_line(error)}") from error
+            *_, tiers = await asyncio.gather(*drops, self.residency(), return_exceptions=True)
+            if isinstance(tiers, BaseException):  # what was loaded is loaded
+                log.error("the engine does not say which adapters it holds: %s", tiers)
+                return None
             return tiers
 
     async def remove(self, adapter: AdapterId) -> None:

@@ -20,7 +20,7 @@ class Engine:
         self.calls = 0
         self.fail = False
 
-    async def add(self, adapter: AdapterId, path: str, evict: Sequence[AdapterId]) -> Tiers:
+    async def add(self, adapter: AdapterId, path: str, evict: Sequence[AdapterId]) -> Tiers | None:
         self.calls += 1
         self.adding += 1
         self.adding_peak = max(self.adding_peak, self.adding)
@@ -31,7 +31,10 @@ class Engine:
         self.held[adapter] = path
         for victim in evict:
             self.held.pop(victim, None)
-        return await self.residency()
+        try:
+            return await self.residency()
+        except RuntimeError:
+            return None
 
     async def remove(self, adapter: AdapterId) -> None:
         self.held.pop(adapter, None)
