@@ -213,6 +213,14 @@ class EmulatedWorker:
             max_loras=slots,
             max_lora_rank=limits.max_lora_rank,
             pid=os.getpid(),
+            device="none",
+            max_cpu_loras=self._engine.host_slots,
+            max_model_len=limits.max_model_len,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            async_scheduling=limits.async_scheduling,
+            kv_tokens=self._engine.kv.total * limits.block_size,
+            block_size=limits.block_size,
         )
         self._service = WorkerService(self._adapters, info, self._feed, token=options.token)
         self._max_model_len = limits.max_model_len

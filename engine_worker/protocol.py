@@ -40,7 +40,10 @@ class AdapterId(msgspec.Struct, frozen=True, order=True):
 
 
 class Info(msgspec.Struct, frozen=True):
-    """What a worker is. `max_loras` is 0 where it serves the base model alone."""
+    """What a worker is. `max_loras` is 0 where it serves the base model alone.
+
+    The rest is how its engine schedules, for those who model it: 0 where it is not known.
+    """
 
     engine: str
     engine_version: str
@@ -49,6 +52,14 @@ class Info(msgspec.Struct, frozen=True):
     max_lora_rank: int
     pid: int
     protocol: int = PROTOCOL
+    device: str = ""
+    max_cpu_loras: int = 0
+    max_model_len: int = 0
+    max_num_seqs: int = 0
+    max_num_batched_tokens: int = 0
+    async_scheduling: bool = False
+    kv_tokens: int = 0
+    block_size: int = 0
 
 
 class State(msgspec.Struct, frozen=True):

@@ -91,14 +91,7 @@ async def _serve(options: WorkerOptions, listener: socket.socket) -> int:
         await init_app_state(engine, app.state, args, tasks)
         lora = engine.vllm_config.lora_config
         adapters = VllmAdapters(engine, app.state.openai_serving_models, lora)
-        info = Info(
-            engine="vllm",
-            engine_version=vllm_version,
-            model_id=options.model_id,
-            max_loras=lora.max_loras if lora else 0,
-            max_lora_rank=lora.max_lora_rank if lora else 0,
-            pid=os.getpid(),
-        )
+        info = _info(options, engine.vllm_config, vllm_version)
         service = WorkerService(adapters, info, feed, token=options.token)
         config = uvicorn.Config(
             WorkerApp(app, service, engine),
@@ -125,6 +118,29 @@ async def _serve(options: WorkerOptions, listener: socket.socket) -> int:
         return 0 if stopping in done else 1
     finally:
         engine.shutdown()
+
+
+def _info(options: WorkerOptions, config: Any, version: str) -> Info:  # noqa: ANN401
+    """What the engine says of its own configuration."""
+    from vllm.platforms import current_platform  # noqa: PLC0415
+
+    lora, cache, scheduler = config.lora_config, config.cache_config, config.scheduler_config
+    return Info(
+        engine="vllm",
+        engine_version=version,
+        model_id=options.model_id,
+        max_loras=lora.max_loras if lora else 0,
+        max_lora_rank=lora.max_lora_rank if lora else 0,
+        pid=os.getpid(),
+        device=current_platform.get_device_name(),
+        max_cpu_loras=lora.max_cpu_loras if lora else 0,
+        max_model_len=config.model_config.max_model_len,
+        max_num_seqs=scheduler.max_num_seqs,
+        max_num_batched_tokens=scheduler.max_num_batched_tokens,
+        async_scheduling=bool(scheduler.async_scheduling),
+        kv_tokens=(cache.num_gpu_blocks or 0) * cache.block_size,
+        block_size=cache.block_size,
+    )
 
 
 async def _engine_death(engine: Any) -> None:  # noqa: ANN401  (vLLM publishes no types)

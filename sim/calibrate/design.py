@@ -1,0 +1,101 @@
+"""What is measured: points spread over batch sizes, contexts, adapters, prompts and tiers.
+
+The rule: each point varies what one term of the latency model stands for, and every round visits all
+points in an order of its own, so that a machine that warms up or is disturbed biases no single term.
+"""
+
+from random import Random
+from typing import Final, TypeAlias
+
+import msgspec
+
+DECODE_TOKENS: Final = 24
+BATCHES: Final = (1, 2, 4, 8, 16, 32, 64, 128)
+CONTEXTS: Final = (32, 512, 1536, 6144)
+PROMPTS: Final = (16, 128, 512, 1024, 1900, 4000, 8000)
+DISTINCT: Final = (1, 2, 4, 8, 16, 32)
+LOADS: Final = 5  # of each tier a round
+
+
+class Decode(msgspec.Struct, frozen=True, tag="decode"):
+    """So many streams at once, each after a prompt, over so many distinct adapters (0 for none).
+
+    `beside` says whether the other workers of the host are kept busy meanwhile.
+    """
+
+    requests: int
+    adapters: int
+    prompt: int
+    beside: bool = False
+
+
+class Prompt(msgspec.Struct, frozen=True, tag="prompt"):
+    """One prompt alone, for one token."""
+
+    tokens: int
+    adapter: bool
+    beside: bool = False
+
+
+class Load(msgspec.Struct, frozen=True, tag="load"):
+    """One load: from `disk`, or from `host` memory, of an adapter that has left its slot."""
+
+    tier: str
+
+
+Point: TypeAlias = Decode | Prompt | Load
+
+
+class Bounds(msgspec.Struct, frozen=True):
+    """What the engine allows."""
+
+    max_num_seqs: int
+    max_model_len: int
+    max_loras: int
+    kv_tokens: int
+    host_tier: bool
+    neighbours: bool
+
+
+def points(bounds: Bounds, *, quick: bool) -> list[Point]:
+    """Every point of one round that the engine allows."""
+    longest = bounds.max_model_len - DECODE_TOKENS - 1
+    batches = [size for size in BATCHES if size <= bounds.max_num_seqs]
+    batches = batches[:5]
+    contexts = [tokens for tokens in CONTEXTS if tokens <= longest]
+    distinct = [0, *(count for count in DISTINCT if count <= bounds.max_loras)]
+    if quick:
+        batches, contexts, distinct = batches[::2], contexts[:2], distinct[:3]
+    sides = (False, True) if bounds.neighbours else (False,)
+    found: list[Point] = [
+        Decode(requests, adapters, context, beside)
+        for requests in batches
+        for adapters in distinct
+        for context in contexts
+        for beside in sides
+        if adapters <= requests
+        and requests * (context + DECODE_TOKENS) <= bounds.kv_tokens * 0.9
+        # Context and adapters are varied together only where the batch is neither least nor largest.
+        and (context == contexts[0] or adapters in {0, 1})
+    ]
+    found += [
+        Prompt(tokens, adapter, beside)
+        for tokens in PROMPTS[:: 2 if quick else 1]
+        if tokens <= longest
+        for adapter in ((False, True) if bounds.max_loras else (False,))
+        for beside in sides
+    ]
+    if bounds.max_loras:
+        tiers = ("disk", "host") if bounds.host_tier else ("disk",)
+        found += [Load(tier) for tier in tiers for _ in range(LOADS)]
+    return found
+
+
+def rounds(bounds: Bounds, count: int, *, quick: bool, seed: int = 0) -> list[Point]:
+    """All points, `count` times, each round shuffled by itself."""
+    found: list[Point] = []
+    for number in range(count):
+        one = points(bounds, quick=quick)
+        Random(f"{seed}:{number}").shuffle(one)
+        found += one
+    return found

@@ -1,0 +1,157 @@
+"""The engine under measurement: one of our engine workers, or a stock vLLM server.
+
+Prompts are lists of token ids, so that their lengths are exact, drawn anew each time, so that no
+prefix is found in the cache.
+"""
+
+import time
+from collections.abc import Sequence
+from random import Random
+from typing import Any, Final
+
+import aiohttp
+import msgspec
+
+from engine_worker import protocol
+from engine_worker.protocol import AdapterId, Info, LoadReply, LoadRequest
+
+TOKEN_IDS: Final = (100, 1000)  # ordinary tokens in any vocabulary
+NOT_STREAMED: Final = b"[DONE]"
+
+
+class TargetError(Exception):
+    """The engine cannot be reached or measured. The message says what to do."""
+
+
+class Stream(msgspec.Struct):
+    """One streamed answer: when it was asked for, and when each of its pieces came, in seconds."""
+
+    asked: float
+    came: list[float]
+
+
+class Target:
+    """One engine behind HTTP. `adapter_path` is a folder that the engine can read."""
+
+    def __init__(
+        self, session: aiohttp.ClientSession, url: str, info: Info, *, ours: bool, seed: str
+    ) -> None:
+        self._session = session
+        self.url = url
+        self.info = info
+        self.ours = ours
+        self._random = Random(seed)
+
+    async def complete(self, prompt_tokens: int, tokens: int, adapter: str | None) -> Stream:
+        """Ask for exactly so many tokens after so many, and note when they come."""
+        prompt = [self._random.randrange(*TOKEN_IDS) for _ in range(prompt_tokens)]
+        body: dict[str, Any] = {
+            "model": adapter or self.info.model_id,
+            "prompt": prompt,
+            "max_tokens": tokens,
+            "ignore_eos": True,
+            "temperature": 0,
+            "stream": True,
+        }
+        came: list[float] = []
+        asked = time.perf_counter()
+        async with self._session.post(
+            f"{self.url}/v1/completions",
+            data=msgspec.json.encode(body),
+            headers={"Content-Type": "application/json"},
+        ) as answer:
+            if answer.status != 200:  # noqa: PLR2004
+                raise TargetError(f"{self.url}: {answer.status}: {(await answer.text())[:300]}")
+            async for line in answer.content:
+                if line.startswith(b"data: ") and NOT_STREAMED not in line:
+                    came.append(time.perf_counter())
+        if not came:
+            raise TargetError(f"{self.url}: an answer without a token")
+        return Stream(asked, came)
+
+    async def load(self, name: str, path: str, evict: Sequence[str] = ()) -> float:
+        """Load an adapter, dropping others; how long the engine took, in seconds."""
+        if self.ours:
+            request = LoadRequest(
+                AdapterId(name, "1"), path, tuple(AdapterId(other, "1") for other in evict)
+            )
+            data = await self._post(protocol.LOAD, msgspec.json.encode(request))
+            return msgspec.json.decode(data, type=LoadReply).load_s
+        for other in evict:
+            await self.unload(other)
+        started = time.perf_counter()
+        body = msgspec.json.encode({"lora_name": name, "lora_path": path})
+        await self._post("/v1/load_lora_adapter", body)
+        return time.perf_counter() - started
+
+    async def unload(self, name: str) -> None:
+        """Drop an adapter."""
+        if self.ours:
+            request = protocol.UnloadRequest(AdapterId(name, "1"))
+            await self._post(protocol.UNLOAD, msgspec.json.encode(request))
+        else:
+            await self._post("/v1/unload_lora_adapter", msgspec.json.encode({"lora_name": name}))
+
+    async def _post(self, path: str, body: bytes) -> bytes:
+        headers = {"Content-Type": "application/json"}
+        async with self._session.post(self.url + path, data=body, headers=headers) as answer:
+            data = await answer.read()
+            if answer.status != 200:  # noqa: PLR2004
+                raise TargetError(f"{self.url}{path}: {answer.status}: {data[:300].decode()}")
+            return data
+
+
+async def reach(
+    session: aiohttp.ClientSession, url: str, stock: Info | None, *, seed: str
+) -> Target:
+    """Find out what answers at `url`. `stock` describes it where it is not an engine worker of ours.
+
+    Raises `TargetError`.
+    """
+    url = url.rstrip("/")
+    try:
+        async with session.get(url + protocol.INFO) as answer:
+            if answer.status == 200:  # noqa: PLR2004
+                info = msgspec.json.decode(await answer.read(), type=Info)
+                return Target(session, url, info, ours=True, seed=seed)
+            if answer.status == 401:  # noqa: PLR2004
+                raise TargetError(f"{url}: wrong token; set {protocol.TOKEN_ENV} to the worker's")
+        if stock is None:
+            raise TargetError(
+                f"{url} is no engine worker of ours; for a stock vLLM server say how it was started: "
+                "--max-loras, --max-lora-rank, --max-num-seqs, --max-num-batched-tokens, "
+                "--max-model-len"
+            )
+        async with session.get(url + "/v1/models") as answer:
+            served = msgspec.json.decode(await answer.read())
+        async with session.get(url + "/version") as answer:
+            version = msgspec.json.decode(await answer.read())["version"]
+        async with session.get(url + "/metrics") as answer:
+            metrics = await answer.text()
+    except (aiohttp.ClientError, OSError, msgspec.DecodeError, KeyError) as error:
+        raise TargetError(
+            f"{url} does not answer as vLLM does ({type(error).__name__}: {error})"
+        ) from None
+    blocks, block_size = cache_config(metrics)
+    info = msgspec.structs.replace(
+        stock,
+        engine_version=str(version),
+        model_id=str(served["data"][0]["id"]),
+        kv_tokens=blocks * block_size,
+        block_size=block_size,
+    )
+    return Target(session, url, info, ours=False, seed=seed)
+
+
+def cache_config(metrics: str) -> tuple[int, int]:
+    """Blocks and tokens a block, from the labels of vLLM's `vllm:cache_config_info`."""
+    found: dict[str, str] = {}
+    for line in metrics.splitlines():
+        if line.startswith("vllm:cache_config_info{"):
+            labels = line.partition("{")[2].rpartition("}")[0]
+            found = dict(item.split("=", 1) for item in labels.split(",") if "=" in item)
+            break
+    try:
+        return int(found["num_gpu_blocks"].strip('"')), int(found["block_size"].strip('"'))
+    except (KeyError, ValueError):
+        raise TargetError("no vllm:cache_config_info in /metrics; is it a vLLM server?") from None
