@@ -104,8 +104,7 @@ class Recorder:
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
         self._origin = self._loop.time() - begins_ms / 1000
-        # Half for the rows that wait for an earlier request, half for those that wait for the disk.
-        self._buffer_bytes = config.buffer_mib * MIB // 2
+        self._buffer_bytes = config.buffer_mib * MIB
         self._window: deque[Recording] = deque()
         self._window_bytes = 0
         self._unwritten: list[bytes] = []
@@ -158,7 +157,7 @@ class Recorder:
 
     def _make_row(self, recording: Recording, outcome: Outcome | None, now: float) -> None:
         row = self._encode(self._row(recording, outcome, now)) + b"\n"
-        if len(row) > self._buffer_bytes:
+        if self._window_bytes + self._unwritten_bytes + len(row) > self._buffer_bytes:
             self._dropped(Stop.DISK_SLOW)
             row = b""
         recording.row = row
@@ -171,22 +170,15 @@ class Recorder:
         while window:
             first = window[0]
             if first.row is None:
-                if first.arrived > since and self._window_bytes <= self._buffer_bytes:
+                # The other half is for rows that wait for the disk.
+                if first.arrived > since and self._window_bytes <= self._buffer_bytes // 2:
                     return
                 self._make_row(first, None, now)
             window.popleft()
-            self._hand_on(first)
-
-    def _hand_on(self, recording: Recording) -> None:
-        row = recording.row
-        if not row:
-            return
-        self._window_bytes -= len(row)
-        if self._unwritten_bytes + len(row) > self._buffer_bytes:
-            self._dropped(Stop.DISK_SLOW)
-            return
-        self._unwritten.append(row)
-        self._unwritten_bytes += len(row)
+            if row := first.row:
+                self._window_bytes -= len(row)
+                self._unwritten.append(row)
+                self._unwritten_bytes += len(row)
 
     # The row.
 

@@ -213,9 +213,9 @@ async def test_a_slow_disk_costs_rows_and_no_request(tmp_path: Path) -> None:
         run.end(run.begin(body=body))
         writing = asyncio.create_task(run.recorder.flush())
         assert await asyncio.to_thread(Slow.reached.wait, 20)
-        for _ in range(99):  # 5 MB, of which half a MiB may wait
+        for _ in range(99):  # 5 MB, of which a MiB may wait
             run.end(run.begin(body=body))
-        assert 80 < run.metric("dropped", reason="disk_slow") < 99
+        assert 70 < run.metric("dropped", reason="disk_slow") < 99
         Slow.go_on.set()
         await writing
         run.end(run.begin())
@@ -458,11 +458,15 @@ async def test_prompts_are_kept_only_if_asked_for(
     assert path.stat().st_mode & 0o077 == 0, "it is its owner's alone"
 
 
-async def test_a_recording_replays(tmp_path: Path) -> None:
+def test_a_recording_replays(tmp_path: Path) -> None:
     path, out = tmp_path / "t.jsonl", tmp_path / "out.json"
-    async with recording(path) as run:
-        for outcome in Outcome:
-            run.end(run.begin(), outcome)
+
+    async def record() -> None:
+        async with recording(path) as run:
+            for outcome in Outcome:
+                run.end(run.begin(), outcome)
+
+    asyncio.run(record())
     assert main(["replay", str(path), "--json", str(out)]) == 0
     result = json.loads(out.read_text())
     assert result["requests"] == result["completed"] == len(Outcome)
