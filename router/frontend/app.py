@@ -288,7 +288,6 @@ class Exchange:
             self._recording = frontend.recorder.begin(
                 self._job,
                 model.model_id,
-                self._arrived,
                 session_id=session_id if REQUEST_ID.fullmatch(session_id) else "",
                 body=body,
             )
@@ -370,7 +369,8 @@ class Exchange:
         if self._recording is not None:
             self._recording.worker = worker_id
             self._recording.adapter_use = lease.use
-            self._recording.answer = answer = Answer(self._loop.time)
+            assert self._frontend.recorder is not None
+            self._recording.answer = answer = Answer(self._frontend.recorder.clock)
         # A retry, if there is one, should go elsewhere.
         self._job.avoid = (*self._job.avoid, worker_id)
         client = self._model.pool.client(worker_id)

@@ -30,12 +30,12 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class Answer:
-    """One answer on its way to a client. `time` is the loop's clock, in seconds."""
+    """One answer on its way to a client. `clock` gives the times, in seconds."""
 
-    __slots__ = ("_events", "_tail", "_time", "first_byte_at", "streamed")
+    __slots__ = ("_clock", "_events", "_tail", "first_byte_at", "streamed")
 
-    def __init__(self, time: Callable[[], float]) -> None:
-        self._time = time
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self._tail: bytes | bytearray = b""
         self._events = 0
         self.streamed = False
@@ -43,7 +43,7 @@ class Answer:
 
     def whole(self, body: bytes) -> None:
         """An answer has come in one piece."""
-        self.first_byte_at = self._time()
+        self.first_byte_at = self._clock()
         self._tail = body
 
     def begins(self, content_type: str) -> None:
@@ -51,14 +51,14 @@ class Answer:
         self._tail = bytearray()
         self.streamed = content_type.startswith(EVENT_STREAM)
         if not self.streamed:
-            self.first_byte_at = self._time()
+            self.first_byte_at = self._clock()
 
     def passes(self, chunk: bytes) -> None:
         """A part of the body passes."""
         tail = self._tail
         assert isinstance(tail, bytearray), "passes() follows begins()"
         if self.first_byte_at is None:
-            self.first_byte_at = self._time()
+            self.first_byte_at = self._clock()
         if self.streamed:
             self._events += chunk.count(EVENT_END)
             # The two halves of an event's end may come apart.

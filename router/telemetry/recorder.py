@@ -12,7 +12,9 @@ slow for are dropped and counted. A full file and a failing disk end the recordi
 
 import asyncio
 import logging
+import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -35,42 +37,42 @@ LENGTH_MAX: Final = 100_000_000  # what the trace's reader takes; a worker may s
 OUTPUT_TOKENS: Final = 16
 
 
-class _Extra(msgspec.Struct, omit_defaults=True):
+class _Extra(msgspec.Struct, omit_defaults=True, kw_only=True):
     """What happened. Times are seconds on the router's clock; see README.md, "Record"."""
 
     model: str
     id: str
-    e2e_s: float
-    queued_s: float
-    load_s: float
-    ttft_s: float | None = None
     outcome: Outcome | None = None
     worker: str | None = None
     adapter_use: AdapterUse | None = None
     retries: int = 0
+    queued_s: float
+    load_s: float
+    ttft_s: float | None = None
+    e2e_s: float
     stream: bool = False
     max_tokens: int = 0
     estimated: bool = False
     body: msgspec.Raw | None = None
 
 
-class _Row(msgspec.Struct, omit_defaults=True):
+class _Row(msgspec.Struct, omit_defaults=True, kw_only=True):
     """A line of the trace; `timestamp` is milliseconds since the recording began."""
 
     timestamp: float
     input_length: int
     output_length: int
-    extra: _Extra
     session_id: str = ""
     tenant: str = ""
     priority: int = 0
+    extra: _Extra
 
 
 class Recording:
     """One request, from its arrival to its row. The front end fills in what becomes known.
 
-    `arrived` is a loop time; `leases` are those of each try, in order; `body` is the request's, where
-    prompts are recorded; `row` is the line, once it is made.
+    `arrived` is a time of the recorder's clock; `leases` are those of each try, in order; `body` is
+    the request's, where prompts are recorded; `row` is the line, once it is made.
     """
 
     __slots__ = (
@@ -94,16 +96,26 @@ class Recording:
 
 
 class Recorder:
-    """Records into one sink. To be made inside a running loop; `begins_ms` is the first row's time."""
+    """Records into one sink. To be made inside a running loop.
+
+    `begins_ms` is the time of a row that comes now; `clock` gives seconds, and finer ones than the
+    loop's: uvloop counts whole milliseconds.
+    """
 
     def __init__(
-        self, sink: RowSink, config: RecordConfig, metrics: Metrics, *, begins_ms: float = 0.0
+        self,
+        sink: RowSink,
+        config: RecordConfig,
+        metrics: Metrics,
+        *,
+        begins_ms: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.clock = clock
         self._sink = sink
         self._config = config
         self._metrics = metrics
-        self._loop = asyncio.get_running_loop()
-        self._origin = self._loop.time() - begins_ms / 1000
+        self._origin = clock() - begins_ms / 1000
         self._buffer_bytes = config.buffer_mib * MIB
         self._window: deque[Recording] = deque()
         self._window_bytes = 0
@@ -115,7 +127,7 @@ class Recorder:
         self._writing = asyncio.Lock()
         self._limiter = CapacityLimiter(1)
         self._closing = asyncio.Event()
-        self._task = self._loop.create_task(self._run())
+        self._task = asyncio.get_running_loop().create_task(self._run())
 
     @classmethod
     def open(cls, config: RecordConfig, metrics: Metrics) -> "Recorder":
@@ -132,12 +144,11 @@ class Recorder:
     # For those who have a request. Neither waits, and neither raises.
 
     def begin(
-        self, job: Job, model_id: str, arrived: float, *, session_id: str = "", body: bytes = b""
+        self, job: Job, model_id: str, *, session_id: str = "", body: bytes = b""
     ) -> Recording:
-        """A request has come, at a loop time not before that of the last one."""
-        recording = Recording(
-            job, model_id, arrived, session_id, body if self._config.prompts else b""
-        )
+        """A request has come."""
+        kept = body if self._config.prompts else b""
+        recording = Recording(job, model_id, self.clock(), session_id, kept)
         if self._stopped is None:
             self._window.append(recording)
         return recording
@@ -149,7 +160,7 @@ class Recorder:
         if self._stopped is not None:
             self._dropped(self._stopped)
             return
-        now = self._loop.time()
+        now = self.clock()
         self._make_row(recording, outcome, now)
         self._advance(now)
 
@@ -188,28 +199,28 @@ class Recorder:
         input_length, output_length, estimated = self._lengths(recording, outcome)
         started = None if answer is None else answer.first_byte_at
         return _Row(
-            round((arrived - self._origin) * 1000, 3),
-            input_length,
-            output_length,
-            _Extra(
-                recording.model_id if job.adapter is None else job.adapter.model_id,
-                job.id,
-                e2e_s=round(now - arrived, 6),
-                queued_s=round(sum(lease.queued_s for lease in leases), 6),
-                load_s=round(sum(lease.load_s for lease in leases), 6),
-                ttft_s=None if started is None else round(started - arrived, 6),
+            timestamp=round((arrived - self._origin) * 1000, 3),
+            input_length=input_length,
+            output_length=output_length,
+            session_id=recording.session_id,
+            tenant=job.tenant,
+            priority=job.priority,
+            extra=_Extra(
+                model=recording.model_id if job.adapter is None else job.adapter.model_id,
+                id=job.id,
                 outcome=outcome,
                 worker=recording.worker,
                 adapter_use=recording.adapter_use,
                 retries=max(0, len(leases) - 1),
+                queued_s=round(sum(lease.queued_s for lease in leases), 6),
+                load_s=round(sum(lease.load_s for lease in leases), 6),
+                ttft_s=None if started is None else round(started - arrived, 6),
+                e2e_s=round(now - arrived, 6),
                 stream=answer is not None and answer.streamed,
                 max_tokens=min(job.max_output_tokens, LENGTH_MAX),
                 estimated=estimated,
                 body=_compact(recording.body),
             ),
-            recording.session_id,
-            job.tenant,
-            job.priority,
         )
 
     def _lengths(self, recording: Recording, outcome: Outcome | None) -> tuple[int, int, bool]:
@@ -249,7 +260,7 @@ class Recorder:
     async def flush(self) -> None:
         """Write the rows that no earlier request is waited for."""
         async with self._writing:
-            self._advance(self._loop.time())
+            self._advance(self.clock())
             rows, size = self._unwritten, self._unwritten_bytes
             if not rows:
                 return
@@ -283,7 +294,7 @@ class Recorder:
                     await self._closing.wait()
             except TimeoutError:
                 await self.flush()
-        now = self._loop.time()
+        now = self.clock()
         for recording in self._window:
             if recording.row is None:
                 self._make_row(recording, None, now)

@@ -6,7 +6,8 @@ import logging
 import os
 import resource
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from router.telemetry.record_file import (
     Appended,
     RecordError,
     RecordFile,
+    RowSink,
     Stop,
     check_path,
 )
@@ -41,11 +43,10 @@ class Run:
         self._metrics = metrics
         self._count = 0
 
-    def begin(self, *, ago_s: float = 0.0, max_tokens: int = 0, body: bytes = b"{}") -> Recording:
+    def begin(self, *, max_tokens: int = 0, body: bytes = b"{}") -> Recording:
         self._count += 1
         job = Job(f"id-{self._count}", ADAPTER, prompt_tokens=11, max_output_tokens=max_tokens)
-        arrived = asyncio.get_running_loop().time() - ago_s
-        return self.recorder.begin(job, "base", arrived, body=body)
+        return self.recorder.begin(job, "base", body=body)
 
     def end(self, recording: Recording, outcome: Outcome = Outcome.COMPLETED) -> None:
         self.recorder.end(recording, outcome)
@@ -61,12 +62,16 @@ class Run:
 @asynccontextmanager
 async def recording(
     path: Path,
-    sink: Any = None,  # noqa: ANN401
+    sink: RowSink | None = None,
+    clock: Callable[[], float] = time.monotonic,
     **fields: Any,  # noqa: ANN401
 ) -> AsyncIterator[Run]:
     metrics = Metrics()
     config = RecordConfig(str(path), **fields)
-    recorder = Recorder(sink, config, metrics) if sink else Recorder.open(config, metrics)
+    if sink is None:
+        recorder = Recorder.open(config, metrics)
+    else:
+        recorder = Recorder(sink, config, metrics, clock=clock)
     try:
         yield Run(recorder, metrics)
     finally:
@@ -154,21 +159,35 @@ async def test_a_row_waits_for_the_requests_that_came_before(tmp_path: Path) -> 
         assert ids(path) == ["id-1", "id-2"]
 
 
-async def test_what_runs_longer_than_the_window_is_written_as_it_stands(tmp_path: Path) -> None:
-    path = tmp_path / "t.jsonl"
-    async with recording(path, window_s=30) as run:
-        long = run.begin(ago_s=31, max_tokens=50)
-        short = run.begin()
-        run.end(short)
+async def test_what_runs_longer_than_the_window_is_written_as_it_stands() -> None:
+    sink, now_s = Memory(), [100.0]
+    async with recording(Path("x"), sink, clock=lambda: now_s[0], window_s=30) as run:
+        now_s[0] = 101.5
+        long = run.begin(max_tokens=50)
+        now_s[0] = 131.25
+        run.end(run.begin())
         await run.recorder.flush()
+        assert sink.rows == []
+        now_s[0] = 132.0
+        await run.recorder.flush()
+        assert len(sink.rows) == 2
         run.end(long)
-    first, second = lines(path)
-    assert first["extra"]["id"] == "id-1"
-    assert "outcome" not in first["extra"]
-    assert first["extra"]["estimated"]
-    assert first["extra"]["e2e_s"] >= 31
-    assert first["output_length"] == 50
-    assert second["extra"]["outcome"] == "completed"
+    first, second = (json.loads(row) for row in sink.rows)
+    assert first == {
+        "timestamp": 1500,
+        "input_length": 11,
+        "output_length": 50,
+        "extra": {
+            "model": "base:a",
+            "id": "id-1",
+            "queued_s": 0,
+            "load_s": 0,
+            "e2e_s": 30.5,
+            "max_tokens": 50,
+            "estimated": True,
+        },
+    }
+    assert (second["timestamp"], second["extra"]["outcome"]) == (31250, "completed")
 
 
 async def test_a_full_window_loses_no_row(tmp_path: Path) -> None:
@@ -375,7 +394,7 @@ def answer(body: bytes | None, events: int = 0) -> Answer | None:
     """An answer in one piece, or the events of a stream."""
     if body is None and not events:
         return None
-    made = Answer(asyncio.get_running_loop().time)
+    made = Answer(time.monotonic)
     if body is not None:
         made.whole(body)
     else:
