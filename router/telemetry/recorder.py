@@ -53,7 +53,7 @@ class _Extra(msgspec.Struct, omit_defaults=True, kw_only=True):
     stream: bool = False
     max_tokens: int = 0
     estimated: bool = False
-    body: msgspec.Raw | None = None
+    body: str | None = None
 
 
 class _Row(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -219,7 +219,7 @@ class Recorder:
                 stream=answer is not None and answer.streamed,
                 max_tokens=min(job.max_output_tokens, LENGTH_MAX),
                 estimated=estimated,
-                body=_compact(recording.body),
+                body=_text(recording.body),
             ),
         )
 
@@ -313,12 +313,13 @@ class Recorder:
             self._sink.close()
 
 
-def _compact(body: bytes) -> msgspec.Raw | None:
-    """A request's body on one line; None where there is none, or it is no text."""
-    if not body:
-        return None
+def _text(body: bytes) -> str | None:
+    """A request's body; None where there is none, or it is no text.
+
+    A string of the row and not a part of it: what a client nests too deeply must not keep the whole
+    trace from being read.
+    """
     try:
-        body.decode()
+        return body.decode() or None
     except UnicodeDecodeError:
         return None
-    return msgspec.Raw(msgspec.json.format(body, indent=-1))

@@ -154,7 +154,7 @@ def test_sigterm_writes_the_last_row(tmp_path: Path, config: dict[str, Any]) -> 
     with deployed(path, tmp_path / "run", options=options) as deployment:
         assert ask(deployment, "last") == 200
     [row] = rows(elsewhere)
-    assert row["extra"]["body"] == body()
+    assert json.loads(row["extra"]["body"]) == body()
     assert not (tmp_path / "traffic.jsonl").exists()
 
 

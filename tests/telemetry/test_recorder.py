@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import router.telemetry.recorder as recorder_module
 from router.config import RecordConfig
 from router.core.job import AdapterRef, Job, Outcome
 from router.telemetry.answer import Answer
@@ -244,6 +245,31 @@ async def test_a_slow_disk_costs_rows_and_no_request(tmp_path: Path) -> None:
     assert len(kept) + run.dropped == 101
 
 
+async def test_a_disk_that_hangs_does_not_keep_the_router_from_stopping(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Hung(Memory):
+        go_on = threading.Event()
+        closed = False
+
+        def append(self, rows: Sequence[bytes]) -> Appended:
+            assert self.go_on.wait(20)
+            return super().append(rows)
+
+        def close(self) -> None:
+            self.closed = True
+
+    monkeypatch.setattr(recorder_module, "CLOSE_TIMEOUT_S", 0.05)
+    sink = Hung()
+    try:
+        async with recording(Path("x"), sink) as run:
+            run.end(run.begin())
+        assert not sink.closed, "the thread may yet write into it"
+        assert "the disk takes nothing any more" in caplog.text
+    finally:
+        Hung.go_on.set()
+
+
 @contextmanager
 def disk_of(size: int) -> Iterator[None]:
     """Let no file of this process grow further: the kernel then refuses as on a full disk."""
@@ -461,12 +487,13 @@ SECRET = b'{"model": "base:a",\n "prompt": "a \\n secret"}'
     ("prompts", "body", "kept"),
     [
         (False, SECRET, None),
-        (True, SECRET, {"model": "base:a", "prompt": "a \n secret"}),
+        (True, SECRET, SECRET.decode()),
+        (True, b"[" * 100_000, "[" * 100_000),
         (True, b'{"prompt": "\xff"}', None),
     ],
 )
 async def test_prompts_are_kept_only_if_asked_for(
-    tmp_path: Path, prompts: bool, body: bytes, kept: dict[str, Any] | None
+    tmp_path: Path, prompts: bool, body: bytes, kept: str | None
 ) -> None:
     path = tmp_path / "t.jsonl"
     async with recording(path, prompts=prompts) as run:
