@@ -1,4 +1,4 @@
-"""Production traffic as a trace that `python -m sim replay` reads. Recording costs no request anything.
+"""Production traffic as a trace that `python -m sim replay` reads. No request waits for it.
 
 A trace stands in order of arrival, but a row is known when its request ends. So rows wait, in memory,
 for the requests that came before them, and whatever happens the file is a whole trace up to a
@@ -6,8 +6,7 @@ moment, with every request that came before it: written in order of ending, a fi
 off would lack just the long ones. A request that runs longer than `window_s`, or that more memory than
 `buffer_mib` waits for, has its row written as it stands then; so no more than `window_s` is ever lost.
 
-The event loop only encodes rows; a thread writes them. Nothing waits for the disk: rows that it is too
-slow for are dropped and counted. A full file and a failing disk end the recording, not the serving.
+The event loop only encodes rows; a thread writes them. Rows that the disk is too slow for are dropped and counted. A full file and a failing disk end the recording, not the serving.
 """
 
 import asyncio
