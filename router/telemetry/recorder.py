@@ -6,7 +6,8 @@ moment, with every request that came before it: written in order of ending, a fi
 off would lack just the long ones. A request that runs longer than `window_s`, or that more memory than
 `buffer_mib` waits for, has its row written as it stands then; so no more than `window_s` is ever lost.
 
-The event loop only encodes rows; a thread writes them. Rows that the disk is too slow for are dropped and counted. A full file and a failing disk end the recording, not the serving.
+The event loop only encodes rows; a thread writes them. Rows that the disk is too slow for are dropped
+and counted. A full file and a failing disk end the recording, not the serving.
 """
 
 import asyncio
