@@ -109,6 +109,7 @@ format: $(VENV)/.test  ## format the code
 
 bench: $(VENV)/.test  ## measure the router's cost and the simulator's speed on emulated engines
 	$(PY) -m benchmarks.router_overhead
+	$(PY) -m benchmarks.recorder_overhead
 	$(PY) -m benchmarks.simulator_speed
 
 demo-adapters: install-train  ## train the demonstration's adapters again (12 minutes on 2 cores)

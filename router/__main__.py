@@ -12,8 +12,9 @@ from rich.console import Console
 from router.adapters.store import StoreError
 from router.adapters.validate import InvalidAdapterError
 from router.check import CheckError, check
-from router.config import Config, ConfigError, load
+from router.config import Config, ConfigError, RecordConfig, load
 from router.serve import serve
+from router.telemetry.record_file import RecordError
 from router.workers.process import WorkerStartError
 
 PORT_MAX = 65535
@@ -38,6 +39,12 @@ def parser() -> argparse.ArgumentParser:
         "--port", type=_port, help="instead of router.port; 0 lets the system choose"
     )
     server.add_argument(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="record the traffic as a trace for `python -m sim replay`, instead of router.record.path",
+    )
+    server.add_argument(
         "--log-level", choices=("debug", "info", "warning", "error"), default="info"
     )
     checker = commands.add_parser(
@@ -58,7 +65,14 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.command == "check":
             return check(config, Console(soft_wrap=True))
         _serve(_overridden(config, arguments), arguments.log_level)
-    except (ConfigError, CheckError, StoreError, InvalidAdapterError, WorkerStartError) as error:
+    except (
+        ConfigError,
+        CheckError,
+        StoreError,
+        InvalidAdapterError,
+        RecordError,
+        WorkerStartError,
+    ) as error:
         errors.print(f"error: {error}", style="red", highlight=False, markup=False)
         return 2
     except OSError as error:
@@ -70,6 +84,9 @@ def main(argv: list[str] | None = None) -> int:
 def _overridden(config: Config, arguments: argparse.Namespace) -> Config:
     given = {"host": arguments.host, "port": arguments.port}
     changes = {name: value for name, value in given.items() if value is not None}
+    if arguments.record is not None:
+        record = config.router.record or RecordConfig("")
+        changes["record"] = msgspec.structs.replace(record, path=str(arguments.record.resolve()))
     return msgspec.structs.replace(config, router=msgspec.structs.replace(config.router, **changes))
 
 

@@ -14,6 +14,7 @@ from router.adapters.validate import (
     check_listing,
 )
 from router.config import Config, LLMConfig
+from router.telemetry.record_file import check_path
 
 
 class CheckError(Exception):
@@ -23,7 +24,7 @@ class CheckError(Exception):
 def check(config: Config, console: Console) -> int:
     """Print what was found; return the exit status, 1 where an adapter would be refused.
 
-    Raises `CheckError` and `StoreError` for what would keep the router from starting.
+    Raises `CheckError`, `RecordError` and `StoreError` for what would keep the router from starting.
     """
     refused = 0
     for llm in config.llm_configs:
@@ -36,6 +37,14 @@ def check(config: Config, console: Console) -> int:
         )
         if llm.lora_config is not None:
             refused += _check_adapters(llm, llm.lora_config.dynamic_lora_loading_path, console)
+    if record := config.router.record:
+        check_path(Path(record.path))
+        prompts = "with" if record.prompts else "without"
+        console.print(
+            f"traffic is recorded into {record.path}, at most {record.max_mib:,} MiB, "
+            f"{prompts} prompts",
+            highlight=False,
+        )
     console.print("ok" if not refused else f"{refused} adapters would be refused", highlight=False)
     return 1 if refused else 0
 

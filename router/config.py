@@ -105,6 +105,21 @@ class LLMConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         return {"enable_lora": True, "max_loras": self.slots, **self.engine_kwargs}
 
 
+class RecordConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The recording of traffic as a trace, into the file `path`.
+
+    `max_mib` is how large the file may grow; `window_s` how long a row waits for requests that came
+    before it, and so the most that a `kill -9` loses; `buffer_mib` what rows may take in memory.
+    With `prompts` each row carries the request's body.
+    """
+
+    path: Annotated[str, msgspec.Meta(min_length=1)]
+    max_mib: Positive = 256
+    buffer_mib: Positive = 16
+    window_s: Seconds = 120.0
+    prompts: bool = False
+
+
 class RouterConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """The router process itself. Every bound it keeps is here.
 
@@ -131,6 +146,7 @@ class RouterConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     log_dir: str | None = None
     api_keys_env: str = "LORAYARD_API_KEYS"
     seed: int | None = None
+    record: RecordConfig | None = None
 
 
 class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -147,6 +163,7 @@ class ConfigError(Exception):
 _STRUCTS: Final[dict[str, type[msgspec.Struct]]] = {
     "$": Config,
     "$.router": RouterConfig,
+    "$.router.record": RecordConfig,
     "$.llm_configs[]": LLMConfig,
     "$.llm_configs[].model_loading_config": ModelLoadingConfig,
     "$.llm_configs[].lora_config": LoraConfig,
@@ -398,6 +415,9 @@ def _resolved(config: Config, folder: Path) -> Config:
     for name in ("cache_dir", "log_dir"):
         if value := getattr(router, name):
             router = msgspec.structs.replace(router, **{name: str(_absolute(value, folder))})
+    if record := router.record:
+        path = str(_absolute(record.path, folder))
+        router = msgspec.structs.replace(router, record=msgspec.structs.replace(record, path=path))
     return msgspec.structs.replace(config, llm_configs=tuple(models), router=router)
 
 

@@ -19,6 +19,7 @@ from router.frontend.app import Frontend
 from router.frontend.auth import Keys
 from router.model import ModelService
 from router.telemetry.metrics import Metrics
+from router.telemetry.recorder import Recorder
 from router.workers.devices import gpus_per_worker, visible_devices
 
 log = logging.getLogger("lorayard")
@@ -29,8 +30,8 @@ BACKLOG = 4096
 async def serve(config: Config) -> None:
     """Serve until SIGTERM or SIGINT.
 
-    Raises `OSError` where the port cannot be had, `StoreError` where a store cannot be read, and
-    `WorkerStartError` where a worker does not come up.
+    Raises `OSError` where the port cannot be had, `RecordError` where the recording's file cannot,
+    `StoreError` where a store cannot be read, and `WorkerStartError` where a worker does not come up.
     """
     stop = asyncio.Event()
     hurry = asyncio.Event()
@@ -47,13 +48,16 @@ async def serve(config: Config) -> None:
     metrics = Metrics()
     models: list[ModelService] = []
     keys = Keys.from_environment(settings.api_keys_env)
+    recorder: Recorder | None = None
     try:
+        if settings.record is not None:
+            recorder = Recorder.open(settings.record, metrics)
         gpus = visible_devices()
         first_gpu = 0
         for llm in config.llm_configs:
             models.append(ModelService(llm, settings, metrics, gpus, first_gpu))
             first_gpu += llm.replicas * gpus_per_worker(llm)
-        frontend = Frontend(models, settings, metrics, keys)
+        frontend = Frontend(models, settings, metrics, keys, recorder)
         runner = web.AppRunner(
             frontend.application(),
             handler_cancellation=True,
@@ -78,8 +82,12 @@ async def serve(config: Config) -> None:
         finally:
             await runner.cleanup()
     finally:
-        await asyncio.gather(*(model.stop(hurry) for model in models))
-        listener.close()
+        try:
+            await asyncio.gather(*(model.stop(hurry) for model in models))
+        finally:
+            listener.close()
+            if recorder is not None:
+                await recorder.aclose()
         log.info("stopped")
 
 

@@ -113,6 +113,17 @@ BAD = [
         "c.yaml:3: `S3://` is not supp",
     ),
     (HEAD + "    lora_config: {dynamic_lora_loading_path: ''}\n", "c.yaml:3: `` names no store"),
+    (
+        HEAD + "router:\n  record:\n    pth: x\n",
+        "c.yaml:5: unknown key `pth`; did you mean `path`?",
+    ),
+    (
+        HEAD + "router:\n  record: traffic.jsonl\n",
+        "c.yaml:4: record: Expected `object | null`, got `str`; write a mapping",
+    ),
+    (HEAD + "router: {record: {max_mib: 9}}\n", "c.yaml:3: record: `path` is missing"),
+    (HEAD + "router: {record: {path: ''}}\n", "c.yaml:3: path: Expected `str` of length >= 1"),
+    (HEAD + "router: {record: {path: x, max_mib: 0}}\n", "c.yaml:3: max_mib: Expected `int` >= 1"),
     (HEAD + 'router: {cache_dir: "a\\0b"}\n', "c.yaml:1: a path cannot be used: "),
     (HEAD + "router: {cache_dir: ~nosuchuser/x}\n", "c.yaml:1: a path cannot be used: "),
     (HEAD + "router: {queue_timeout_s: .inf}\n", "c.yaml:3: queue_timeout_s: Expected `float` <="),
@@ -170,6 +181,11 @@ def test_relative_folders_are_taken_from_the_files_folder(tmp_path: Path) -> Non
     assert llm.model_loading_config.source == str(tmp_path / "model")
     assert llm.lora_config is not None
     assert llm.lora_config.dynamic_lora_loading_path == str(tmp_path / "configs" / "adapters")
+    record = parse(
+        HEAD + "router: {record: {path: t.jsonl}}\n", name="c", folder=tmp_path
+    ).router.record
+    assert record is not None
+    assert record.path == str(tmp_path / "t.jsonl")
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.name)

@@ -44,7 +44,8 @@ class Lease:
     """One job's place on one worker. Made by `Router.lease`, entered once.
 
     Entering raises `Rejected` where there is no capacity, and `LoadError` where the adapter could
-    not be made resident; nothing is held then. `queued_s` and `load_s` are what it waited for.
+    not be made resident; nothing is held then. `queued_s` and `load_s` are what it waited for, in
+    vain or not.
     """
 
     __slots__ = ("_grant", "_router", "job", "load_s", "queued_s")
@@ -79,8 +80,10 @@ class Lease:
         grant = router._admit(self.job)  # noqa: SLF001  (two halves of one mechanism)
         if grant is None:
             started = router.loop.time()
-            grant = await router._wait(self.job)  # noqa: SLF001
-            self.queued_s = router.loop.time() - started
+            try:
+                grant = await router._wait(self.job)  # noqa: SLF001
+            finally:
+                self.queued_s = router.loop.time() - started
         slot = grant.slot
         if slot is not None and slot.phase is not Phase.RESIDENT:
             started = router.loop.time()
@@ -89,7 +92,8 @@ class Lease:
             except BaseException:
                 router._release(grant)  # noqa: SLF001
                 raise
-            self.load_s = router.loop.time() - started
+            finally:
+                self.load_s = router.loop.time() - started
         self._grant = grant
         return self
 

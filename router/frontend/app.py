@@ -36,7 +36,9 @@ from router.frontend.relay import (
     upstream_path,
 )
 from router.model import ModelService
+from router.telemetry.answer import Answer
 from router.telemetry.metrics import Metrics
+from router.telemetry.recorder import Recorder, Recording
 
 log = logging.getLogger("lorayard.frontend")
 
@@ -51,12 +53,18 @@ class Frontend:
     """The web application over the models that are served."""
 
     def __init__(
-        self, models: Sequence[ModelService], config: RouterConfig, metrics: Metrics, keys: Keys
+        self,
+        models: Sequence[ModelService],
+        config: RouterConfig,
+        metrics: Metrics,
+        keys: Keys,
+        recorder: Recorder | None = None,
     ) -> None:
         self._models = {model.model_id: model for model in models}
         self._config = config
         self._metrics = metrics
         self._keys = keys
+        self._recorder = recorder
         self._created = int(time.time())
         self._in_flight = 0
         self._idle = asyncio.Event()
@@ -218,6 +226,7 @@ class Frontend:
             if not self._in_flight:
                 self._idle.set()
             self._metrics.ended(model.model_id, exchange.outcome)
+            exchange.recorded()
 
     async def _read(self, request: web.Request) -> bytes:
         """The whole body, which may pause for as long as an answer may."""
@@ -238,6 +247,11 @@ class Frontend:
     def metrics(self) -> Metrics:
         """Where requests are counted."""
         return self._metrics
+
+    @property
+    def recorder(self) -> Recorder | None:
+        """Where requests are recorded, if they are."""
+        return self._recorder
 
 
 class Exchange:
@@ -268,20 +282,40 @@ class Exchange:
             prompt_tokens=len(body) // BYTES_PER_TOKEN,
             max_output_tokens=head.output_tokens,
         )
+        self._recording: Recording | None = None
+        if frontend.recorder is not None:
+            session_id = request.headers.get("x-session-id", "")
+            self._recording = frontend.recorder.begin(
+                self._job,
+                model.model_id,
+                session_id=session_id if REQUEST_ID.fullmatch(session_id) else "",
+                body=body,
+            )
+
+    def recorded(self) -> None:
+        """Hand the request to the recorder, now that its outcome is known."""
+        if self._recording is not None:
+            assert self._frontend.recorder is not None
+            self._frontend.recorder.end(self._recording, self.outcome)
 
     async def run(self) -> web.StreamResponse:
         """Answer the client. Raises `ApiError` where that is the answer."""
         left = self._frontend.config.max_retries
         while True:
             self.outcome = Outcome.CLIENT_GONE
+            lease = self._model.router.lease(self._job)
+            if self._recording is not None:
+                self._recording.leases.append(lease)
             try:
-                async with self._model.router.lease(self._job) as lease:
+                async with lease:
                     return await self._relay(lease)
             except Rejected as error:
                 self.outcome = error.outcome
                 raise rejected(error) from None
             except LoadError as error:
                 self.outcome = Outcome.LOAD_FAILED
+                if self._recording is not None and error.worker is not None:
+                    self._recording.worker = error.worker
                 if await self._knows_a_newer(error):
                     continue  # no worker failed, so it costs no retry
                 if not left or error.fault is not LoadFault.WORKER:
@@ -331,6 +365,12 @@ class Exchange:
         stamps["X-Adapter"] = lease.use.value
         if lease.queued_s:
             metrics.queue_s.labels(name).observe(lease.queued_s)
+        answer = None
+        if self._recording is not None:
+            self._recording.worker = worker_id
+            self._recording.adapter_use = lease.use
+            assert self._frontend.recorder is not None
+            self._recording.answer = answer = Answer(self._frontend.recorder.clock)
         # A retry, if there is one, should go elsewhere.
         self._job.avoid = (*self._job.avoid, worker_id)
         client = self._model.pool.client(worker_id)
@@ -357,6 +397,7 @@ class Exchange:
                 first_byte_timeout_s=config.first_byte_timeout_s,
                 idle_timeout_s=config.idle_timeout_s,
                 on_first_byte=on_first_byte,
+                answer=answer,
             )
         except AdapterNotThereError:
             assert adapter is not None

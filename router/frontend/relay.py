@@ -15,6 +15,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from engine_worker.protocol import VERSION_HEADER
+from router.telemetry.answer import Answer
 from router.workers.client import WorkerClient, describe
 
 WHOLE_MAX_BYTES: Final = 256 * 1024
@@ -98,10 +99,12 @@ async def relay(
     first_byte_timeout_s: float,
     idle_timeout_s: float,
     on_first_byte: Callable[[], None],
+    answer: Answer | None = None,
 ) -> web.StreamResponse:
     """Send the body to a worker and its answer to the client, with our `stamps` as headers.
 
-    `adapter` is the model id that the worker was leased for, empty for the base model.
+    `adapter` is the model id that the worker was leased for, empty for the base model. `answer` is
+    shown what passes.
 
     Raises `WorkerFailedError`, `WorkerStalledError` or `AdapterNotThereError` while nothing was sent,
     `AnswerCutError` after.
@@ -141,11 +144,15 @@ async def relay(
         )
         returned.update(stamps)
         if whole is not None:
+            if answer is not None:
+                answer.whole(whole)
             return web.Response(status=upstream.status, headers=returned, body=whole)
         response = web.StreamResponse(status=upstream.status, headers=returned)
         if length is not None:
             response.content_length = length
-        await _stream(request, upstream, response, idle_timeout_s)
+        if answer is not None:
+            answer.begins(upstream.headers.get("Content-Type", ""))
+        await _stream(request, upstream, response, idle_timeout_s, answer)
         return response
 
 
@@ -154,6 +161,7 @@ async def _stream(
     upstream: aiohttp.ClientResponse,
     response: web.StreamResponse,
     idle_timeout_s: float,
+    answer: Answer | None,
 ) -> None:
     """Bytes from the worker to the client, as they come; neither may pause for long."""
     await _to_client(response.prepare(request), idle_timeout_s)
@@ -166,6 +174,8 @@ async def _stream(
             raise AnswerCutError(describe(error), client_gone=False) from None
         if not chunk:
             break
+        if answer is not None:
+            answer.passes(chunk)
         await _to_client(response.write(chunk), idle_timeout_s)
     await _to_client(response.write_eof(), idle_timeout_s)
 

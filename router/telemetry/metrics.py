@@ -65,6 +65,17 @@ class Metrics:
             ("model",),
             registry=self.registry,
         )
+        self.record_rows = Counter(
+            "lorayard_record_rows",
+            "Requests that were written to the recording.",
+            registry=self.registry,
+        )
+        self.record_dropped = Counter(
+            "lorayard_record_dropped",
+            "Requests that are not in the recording, by what kept them out.",
+            ("reason",),
+            registry=self.registry,
+        )
         self.load_s = self._histogram(
             "lorayard_adapter_load_seconds", "Decision to resident, of loads that succeeded."
         )

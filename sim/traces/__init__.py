@@ -20,7 +20,7 @@ from sim.traces.formats import (
     parser,
 )
 from sim.traces.jsonl import TimeUnit
-from sim.traces.row import BadRows, RowError, TraceError, TraceRow
+from sim.traces.row import BadRows, HalfRowError, RowError, TraceError, TraceRow
 
 __all__ = [
     "BadRows",
@@ -59,7 +59,7 @@ def format_of(path: Path) -> TraceFormat:
 def read(
     path: Path, reading: Reading = AS_WRITTEN, bad: BadRows | None = None
 ) -> Iterator[TraceRow]:
-    """Yield the rows of a trace, in order of time.
+    """Yield the rows of a trace, in order of time. Half a row at the end of JSON lines is let be.
 
     Raises `TraceError` with the line at fault; with `reading.skip_bad`, counts it in `bad` instead.
     """
@@ -83,6 +83,8 @@ def read(
                         f"{last_ms:g} ms or later, as in the row before; sort the trace by time",
                     )
             except RowError as error:
+                if isinstance(error, HalfRowError) and last_ms >= 0:
+                    return
                 problem = TraceError(path, number, str(error))
                 if not reading.skip_bad:
                     raise problem from None

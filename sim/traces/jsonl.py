@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 
-from sim.traces.row import TOKENS, TOKENS_MAX, RowError, TraceRow
+from sim.traces.row import TOKENS, TOKENS_MAX, HalfRowError, RowError, TraceRow
 
 # The contract's model ids: base or base:adapter, and never `..`.
 ADAPTER: Final = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -87,6 +87,8 @@ def decoded(decode: Callable[[bytes], AnyLine], line: bytes) -> AnyLine:
     except msgspec.ValidationError as error:
         raise _explained(line, str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError):
+        if not line.endswith(b"\n"):
+            raise HalfRowError("row", _shown(line), ROW) from None
         raise _no_json(line) from None
 
 
@@ -108,7 +110,11 @@ def row(line: Line, unit_ms: int) -> TraceRow:
 
 
 def _no_json(line: bytes) -> RowError:
-    return RowError("row", line.decode("utf-8", errors="replace").strip(), ROW)
+    return RowError("row", _shown(line), ROW)
+
+
+def _shown(line: bytes) -> str:
+    return line.decode("utf-8", errors="replace").strip()
 
 
 def _explained(line: bytes, message: str) -> RowError:

@@ -35,6 +35,10 @@ class RowError(Exception):
         super().__init__(f"{field} {is_what}; expected {expected}")
 
 
+class HalfRowError(RowError):
+    """The file ends within a row: whoever wrote it was killed. The rows before it are a whole trace."""
+
+
 class TraceError(Exception):
     """A trace cannot be read. The message names file, line, what is wrong and what is right."""
 

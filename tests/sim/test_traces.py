@@ -118,6 +118,18 @@ def test_a_bad_row_is_named_with_its_line_field_and_what_was_expected(
     assert str(error.value).removeprefix(f"{tmp_path}/").startswith(message)
 
 
+@pytest.mark.parametrize(
+    "end", ['{"timestamp": 9, "input_le', '{"timestamp": 9, "tenant": "x', "{"]
+)
+def test_half_a_row_at_the_very_end_is_let_be(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "trace"
+    path.write_text(line() * 2 + end)
+    assert scan(path).requests == 2
+    path.write_text(end)
+    with pytest.raises(TraceError, match="trace:1: row is `"):
+        scan(path)
+
+
 # The file, its format, and each row: milliseconds, prompt tokens, output tokens, session.
 FORMATS: list[tuple[str, TraceFormat, list[tuple[float, int, int, str | None]]]] = [
     (

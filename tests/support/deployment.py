@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ class Deployment:
         config: dict[str, Any] | Path,
         folder: Path,
         environment: Mapping[str, str] | None = None,
+        *,
+        options: Sequence[str] = (),
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(config, Path):
@@ -54,7 +56,7 @@ class Deployment:
         self._out = folder / "router.out"
         with self.log_file.open("wb") as log, self._out.open("wb") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "router", "serve", str(path), *port],
+                [sys.executable, "-m", "router", "serve", str(path), *port, *options],
                 cwd=ROOT,
                 env={**os.environ, **(environment or {})},
                 stdin=subprocess.DEVNULL,
@@ -134,10 +136,11 @@ def deployed(
     folder: Path,
     environment: Mapping[str, str] | None = None,
     *,
+    options: Sequence[str] = (),
     timeout_s: float = 30,
 ) -> Iterator[Deployment]:
     """A deployment that is ready, and is stopped at the end, whatever happened."""
-    deployment = Deployment(config, folder, environment)
+    deployment = Deployment(config, folder, environment, options=options)
     try:
         yield deployment.wait_ready(timeout_s)
     finally:

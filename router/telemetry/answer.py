@@ -1,0 +1,103 @@
+r"""What an answer tells of its times and lengths, read off as it passes. Its bytes are not touched.
+
+No chunk is parsed: that would cost a stream more than passing it on does. Of a stream the events are
+counted by the blank line that ends each (a token's text holds none, since JSON writes a line's end as
+`\n`), and its last few KiB are kept: `usage` is in the last event, where the client asked for it.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any, Final
+
+import msgspec
+
+TAIL_BYTES: Final = 4096
+EVENT_STREAM: Final = "text/event-stream"
+EVENT_END: Final = b"\n\n"
+DONE: Final = b"data: [DONE]"  # the last event of OpenAI's streams carries no token
+USAGE: Final = b'"usage"'  # cannot stand in generated text: there JSON escapes the quotes
+# Null in all events but the last; servers differ in the white space.
+OBJECT: Final = re.compile(rb'"usage"\s*:\s*\{')
+_decode: Final = json.JSONDecoder().raw_decode
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """The engine's own count of tokens; None where it does not say."""
+
+    input_tokens: int | None
+    output_tokens: int | None
+
+
+class Answer:
+    """One answer on its way to a client. `clock` gives the times, in seconds."""
+
+    __slots__ = ("_clock", "_events", "_tail", "first_byte_at", "streamed")
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._tail: bytes | bytearray = b""
+        self._events = 0
+        self.streamed = False
+        self.first_byte_at: float | None = None  # of a stream its body's, else its head's
+
+    def whole(self, body: bytes) -> None:
+        """An answer has come in one piece."""
+        self.first_byte_at = self._clock()
+        self._tail = body
+
+    def begins(self, content_type: str) -> None:
+        """The head of an answer has come; its body follows."""
+        self._tail = bytearray()
+        self.streamed = content_type.startswith(EVENT_STREAM)
+        if not self.streamed:
+            self.first_byte_at = self._clock()
+
+    def passes(self, chunk: bytes) -> None:
+        """A part of the body passes."""
+        tail = self._tail
+        assert isinstance(tail, bytearray), "passes() follows begins()"
+        if self.first_byte_at is None:
+            self.first_byte_at = self._clock()
+        if self.streamed:
+            self._events += chunk.count(EVENT_END)
+            # The two halves of an event's end may come apart.
+            if chunk.startswith(b"\n") and tail.endswith(b"\n") and not tail.endswith(EVENT_END):
+                self._events += 1
+        tail += chunk
+        if len(tail) > 4 * TAIL_BYTES:
+            del tail[:-TAIL_BYTES]
+
+    @property
+    def events(self) -> int:
+        """Events of a stream that have passed: about one a token."""
+        return self._events - 1 if self._events and DONE in self._tail else self._events
+
+    def usage(self) -> Usage | None:
+        """The engine's count, from the end of what has passed; None where it is not there."""
+        tail = self._tail
+        end = len(tail)
+        while (start := tail.rfind(USAGE, 0, end)) >= 0:
+            found = OBJECT.match(tail, start)
+            if found:
+                text = bytes(tail[found.end() - 1 : found.end() + TAIL_BYTES])
+                return _usage(text.decode(errors="replace"))
+            end = start
+        return None
+
+
+def _usage(text: str) -> Usage | None:
+    """The object that a text begins with, in OpenAI's words (chat, completions) or (responses)."""
+    try:
+        said, _ = _decode(text)
+    except (ValueError, RecursionError):
+        return None
+    given = _count(said.get("prompt_tokens", said.get("input_tokens")))
+    made = _count(said.get("completion_tokens", said.get("output_tokens")))
+    if made is None and given is not None and _count(said.get("total_tokens")) == given:
+        made = 0  # embeddings generate nothing, and do not say so
+    return Usage(given, made)
+
+
+def _count(value: Any) -> int | None:  # noqa: ANN401  (a worker may say anything)
+    return value if type(value) is int and value >= 0 else None
