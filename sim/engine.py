@@ -679,6 +679,7 @@ class SimEngine:
                 self._prefilling.remove(request)
                 self._leave_batch(request)
         self._aborted.clear()
+        self._changed()
 
     def _changed(self) -> None:
         if self._on_change is not None:
