@@ -7,19 +7,20 @@ from typing import Final
 from rich.console import Console
 
 from router.config import ConfigError
-from sim.commands import convert, generate, replay
+from sim.commands import calibrate, convert, generate, replay
 from sim.fleet import EngineArgumentError
 from sim.latency import CalibrationError
 from sim.replay import UnknownModelError
 from sim.traces import TraceError
 
-COMMANDS: Final = (replay, convert, generate)
+COMMANDS: Final = (replay, convert, generate, calibrate)
 USER_ERRORS: Final = (
     ConfigError,
     TraceError,
     CalibrationError,
     EngineArgumentError,
     UnknownModelError,
+    *calibrate.USER_ERRORS,
     OSError,
 )
 

@@ -32,6 +32,7 @@ import msgspec
 import simpy
 
 from sim.environment import Environment
+from sim.host import PERMILLE, Host
 from sim.kv import Holding, KVBlocks
 from sim.latency import PICOSECOND, EngineDefaults, LatencyModel, pairs_of, picoseconds
 
@@ -184,11 +185,15 @@ class SimEngine:
         latency: LatencyModel,
         limits: EngineLimits,
         *,
+        host: Host | None = None,
         segment_tokens: int = SEGMENT_TOKENS,
         on_change: Callable[[], None] | None = None,
         jump: bool = True,
     ) -> None:
         self.env = env
+        self._host = host if host is not None and host.shares else None
+        if self._host is not None:
+            self._host.join(self)
         self.latency = latency
         self.limits = limits
         self.counters = EngineCounters()
@@ -331,6 +336,11 @@ class SimEngine:
             case _Doing.WAKING | _Doing.LOADING:
                 pass
 
+    def neighbour_changed(self) -> None:
+        """Another engine of the host has begun or stopped: the next step takes another time."""
+        if self._doing is _Doing.STEPPING:
+            self._awaken(self._current_tick() + 1)
+
     def _current_tick(self) -> int:
         """The number of the step that is under way now: the boundary before it has passed."""
         if self._doing is not _Doing.STEPPING or self._span == 1:
@@ -382,6 +392,8 @@ class SimEngine:
             case _Doing.WAKING:
                 self._since = now
                 self._elapsed_ps = 0
+                if self._host is not None:
+                    self._host.changed(self, at_work=True)
             case _Doing.IDLE:  # pragma: no cover  (nothing is due then)
                 raise AssertionError("an idle engine has no boundary")
         self._begin()
@@ -403,6 +415,8 @@ class SimEngine:
         if not (self._running or self._waiting):
             self._doing = _Doing.IDLE
             self._due = None
+            if self._host is not None:
+                self._host.changed(self, at_work=False)
             return
         self._doing = _Doing.STEPPING
         self._end_span_after(self._plan())
@@ -440,10 +454,17 @@ class SimEngine:
             pairs += more_pairs
         running, adapters = self._running, len(self._batch_adapters)
         latency = self.latency
-        self._rise_ps = latency.context_ps * decoding
-        self._first_ps = latency.decode_ps(running, adapters) + latency.context_ps * self._context
+        requests_ps, context_ps = latency.decode_ps(running, adapters), latency.context_ps
+        prompts_ps = latency.prefill_ps(tokens, pairs, adapters) if chunks else 0
+        if self._host is not None:
+            # Each term by itself: the time of a step stays linear in its context.
+            slowdown = self._host.slowdown()
+            requests_ps = requests_ps * slowdown // PERMILLE
+            context_ps = context_ps * slowdown // PERMILLE
+            prompts_ps = prompts_ps * slowdown // PERMILLE
+        self._rise_ps = context_ps * decoding
+        self._first_ps = requests_ps + context_ps * self._context + prompts_ps + stall_ps
         if chunks:
-            self._first_ps += latency.prefill_ps(tokens, pairs, adapters) + stall_ps
             return 1
         if preempted or self._installed or not self._jump:
             return 1

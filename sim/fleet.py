@@ -19,6 +19,7 @@ from router.core.job import AdapterRef
 from router.core.router import Router
 from sim.engine import EngineLimits, SimEngine, engine_limits
 from sim.environment import Environment
+from sim.host import Host
 from sim.latency import DEFAULT, LatencyModel, read_calibration
 from sim.loop import SimLoop
 
@@ -77,10 +78,15 @@ class SimWorker:
     """One worker: its engine, and what it last said of itself."""
 
     def __init__(
-        self, env: Environment, worker: Worker, latency: LatencyModel, limits: EngineLimits
+        self,
+        env: Environment,
+        worker: Worker,
+        latency: LatencyModel,
+        limits: EngineLimits,
+        host: Host,
     ) -> None:
         self.worker = worker
-        self.engine = SimEngine(env, latency, limits, on_change=self._changed)
+        self.engine = SimEngine(env, latency, limits, host=host, on_change=self._changed)
         self.reports: Reports | None = None
         self._said = Report()
 
@@ -110,8 +116,9 @@ class SimWorkers:
     def __init__(self, loop: SimLoop, llm: LLMConfig, count: int) -> None:
         self._loop = loop
         self.latency, limits = engine_model(llm)
+        host = Host(self.latency.calibration.host_contention.value)
         self.by_id = {
-            worker.id: SimWorker(loop.env, worker, self.latency, limits)
+            worker.id: SimWorker(loop.env, worker, self.latency, limits, host)
             for worker in (
                 Worker(
                     f"{llm.model_id}-{number}",

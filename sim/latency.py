@@ -10,6 +10,8 @@ A calibration is a JSON file that says for each number where it comes from. The 
     kv     = kv_tokens - slots × (kv_tokens_per_slot + kv_tokens_per_slot_and_rank × rank_max)
     load_s = the tier's own time at rank_max, by straight lines between the ranks measured
 
+and all of a step times 1 + host_contention × the other engines at work on the same host.
+
 `context` is the number of tokens whose keys and values the decoding requests read, `pairs` the
 number of (prompt token, earlier token) pairs that prefill attends over, `adapters` the distinct ones
 in the batch, `prefill_lora` is prefill_lora_factor where the batch has an adapter and 1 where it has
@@ -91,6 +93,7 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lora_factor: Coefficient
     lora_factor_per_adapter: Coefficient
     lora_factor_per_rank: Coefficient
+    host_contention: Coefficient
     kv_tokens: Coefficient
     kv_tokens_per_slot: Coefficient
     kv_tokens_per_slot_and_rank: Coefficient

@@ -52,6 +52,7 @@ class Bounds(msgspec.Struct, frozen=True):
     max_num_seqs: int
     max_model_len: int
     max_loras: int
+    max_num_batched_tokens: int
     kv_tokens: int
     host_tier: bool
     neighbours: bool
@@ -75,7 +76,8 @@ def points(bounds: Bounds, *, quick: bool) -> list[Point]:
         for beside in sides
         if adapters <= requests
         and requests * (context + DECODE_TOKENS) <= bounds.kv_tokens * 0.9
-        # Context and adapters are varied together only where the batch is neither least nor largest.
+        # Prompts cost time and are not what these points measure: two full steps of them at most.
+        and (context == contexts[0] or requests * context <= 2 * bounds.max_num_batched_tokens)
         and (context == contexts[0] or adapters in {0, 1})
     ]
     found += [

@@ -56,7 +56,10 @@ class Fit(msgspec.Struct, frozen=True):
 
 
 def fit(
-    steps: Sequence[StepSeen], prompts: Sequence[PromptSeen], *, seed: int = 0,
+    steps: Sequence[StepSeen],
+    prompts: Sequence[PromptSeen],
+    *,
+    seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> Fit:
     """Fit all coefficients at once.
@@ -64,7 +67,10 @@ def fit(
     Raises `ValueError` where there is too little to fit: fewer than three distinct batch sizes or
     prompts.
     """
-    if len({one.point.requests for one in steps}) < 3 or len({one.point.tokens for one in prompts}) < 3:  # noqa: PLR2004
+    if (
+        len({one.point.requests for one in steps}) < 3
+        or len({one.point.tokens for one in prompts}) < 3
+    ):  # noqa: PLR2004
         raise ValueError("at least three batch sizes and three prompt lengths have to be measured")
     table, seen = _table(steps, prompts)
     free = _free(table)

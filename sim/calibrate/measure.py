@@ -8,7 +8,7 @@ request to the engine and of a token back, is a constant of its own (`request_ov
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from itertools import pairwise
 from typing import Final, TypeAlias, assert_never
 
@@ -56,6 +56,12 @@ class Bench:
         self._path = adapter_path
         self._loaded: dict[Target, list[str]] = {}
         self._names = 0
+
+    async def warm_up(self) -> None:
+        """Let every engine compile, allocate and connect before anything counts."""
+        for target in (self._target, *self._beside):
+            await target.complete(64, 4, None)
+            await asyncio.gather(*(target.complete(16, 4, None) for _ in range(4)))
 
     async def measure(self, point: Point) -> list[Seen]:
         """Measure one point."""
@@ -163,9 +169,3 @@ def steps_of(point: Decode, streams: Sequence[Stream]) -> Iterable[StepSeen]:
         step_s = (seen[stop] - seen[start]) / (stop - start)
         if step_s > 0 and math.isfinite(step_s):
             yield StepSeen(point, point.requests * (point.prompt + tokens), step_s)
-
-
-async def run(bench: Bench, todo: Sequence[Point], saw: Callable[[int, list[Seen]], None]) -> None:
-    """Measure points in order; `saw` is told each one's number and what was seen."""
-    for number, point in enumerate(todo):
-        saw(number, await bench.measure(point))

@@ -11,6 +11,7 @@ from round_numbers import latency
 
 from sim.engine import EngineLimits, EngineRequest, SimEngine
 from sim.environment import Environment
+from sim.host import Host
 
 
 def engine(env: Environment, **limits: int) -> SimEngine:
@@ -290,6 +291,20 @@ def test_an_abort_frees_what_it_held_at_the_next_boundary() -> None:
     assert after.finished is not None
 
 
+def test_engines_of_one_host_slow_each_other() -> None:
+    env = Environment()
+    host = Host(0.5)
+    one, other = (SimEngine(env, latency(), EngineLimits(), host=host) for _ in range(2))
+    alone = request(100, 5)
+    one.submit(alone)
+    env.run(until=3.0)
+    other.submit(request(100, 1))
+    env.run()
+    # 2.1 and 1.1 alone, to 3.2; the next step begins while the other works, from 3.0 to 6.15: 1.65 s
+    # to 4.85, 1.65 s to 6.5, and the last one alone again, to 7.6.
+    assert alone.finished == pytest.approx(7.6)
+
+
 def test_an_engine_that_schedules_ahead_admits_one_step_later() -> None:
     moments = []
     for ahead in (False, True):
@@ -340,12 +355,16 @@ def play(
     *,
     jump: bool,
     limits: EngineLimits,
+    contention: float,
 ) -> list[tuple[object, ...]]:
     """Everything that happens, with its moment: first tokens, ends, loads; and what was counted."""
     env = Environment()
     model = latency(kv_read_per_token_s=0.0007, prefill_per_pair_s=0.00013)
     seen: list[tuple[object, ...]] = []
-    engines = [SimEngine(env, model, limits, segment_tokens=64, jump=jump) for _ in range(3)]
+    host = Host(contention)
+    engines = [
+        SimEngine(env, model, limits, host=host, segment_tokens=64, jump=jump) for _ in range(3)
+    ]
     requests: list[tuple[SimEngine, EngineRequest]] = []
 
     def submit(
@@ -407,11 +426,12 @@ def play(
 
 
 @settings(max_examples=300, deadline=None)
-@given(events=EVENTS, limits=LIMITS)
+@given(events=EVENTS, limits=LIMITS, contention=st.sampled_from([0.0, 0.4567]))
 def test_many_steps_as_one_event_are_the_same_steps_to_the_last_bit(
     events: list[tuple[float, str, int, int, int, str | None, tuple[int, ...]]],
     limits: EngineLimits,
+    contention: float,
 ) -> None:
-    fast = play(events, jump=True, limits=limits)
-    slow = play(events, jump=False, limits=limits)
+    fast = play(events, jump=True, limits=limits, contention=contention)
+    slow = play(events, jump=False, limits=limits, contention=contention)
     assert fast == slow

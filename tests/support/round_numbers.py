@@ -20,6 +20,7 @@ def calibration(**changed: float) -> Calibration:
         "lora_factor": 2.0,
         "lora_factor_per_adapter": 0.5,
         "lora_factor_per_rank": 0.0,
+        "host_contention": 0.0,
         "kv_tokens": 1000.0,
         "kv_tokens_per_slot": 10.0,
         "kv_tokens_per_slot_and_rank": 5.0,
