@@ -7,19 +7,21 @@ from typing import Final
 from rich.console import Console
 
 from router.config import ConfigError
-from sim.commands import convert, generate, replay
+from sim.commands import compare, convert, generate, recommend, replay, sweep
 from sim.fleet import EngineArgumentError
 from sim.latency import CalibrationError
+from sim.pool import PoolError
 from sim.replay import UnknownModelError
 from sim.traces import TraceError
 
-COMMANDS: Final = (replay, convert, generate)
+COMMANDS: Final = (replay, compare, sweep, recommend, convert, generate)
 USER_ERRORS: Final = (
     ConfigError,
     TraceError,
     CalibrationError,
     EngineArgumentError,
     UnknownModelError,
+    PoolError,
     OSError,
 )
 

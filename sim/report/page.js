@@ -1,0 +1,21 @@
+"use strict";
+// Draws each chart with the theme that the system asks for, and again when that changes.
+const read = (id) => JSON.parse(document.getElementById(id).textContent);
+const themes = read("themes");
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const narrow = matchMedia("(max-width: 40rem)");
+
+function draw() {
+  const template = themes[dark.matches ? "dark" : "light"];
+  for (const element of document.querySelectorAll("[data-chart]")) {
+    const { data, layout } = read(element.dataset.chart);
+    if (layout.meta === "rows" && narrow.matches) {
+      layout.yaxis.showticklabels = false; // a name of each row would leave no room for the row
+    }
+    Plotly.react(element, data, { ...layout, template }, { responsive: true, displayModeBar: false });
+  }
+}
+
+dark.addEventListener("change", draw);
+narrow.addEventListener("change", draw);
+if (typeof Plotly !== "undefined") draw();
