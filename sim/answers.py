@@ -119,7 +119,7 @@ def choose(
         and not apart(point.estimates[Metric.TTFT_P99], ranks[Metric.TTFT_P99])
     ]
     preferred = [point for point in equal if point.choice[path] == prefer]
-    chosen = (preferred or [equal[(len(equal) - 1) // 2]])[0]
+    chosen = (preferred or [equal[len(equal) // 2]])[0]
     return Choosing(chosen, path, chosen.choice[path], tuple(point.choice[path] for point in equal))
 
 
@@ -145,7 +145,7 @@ def smallest_fleets(points: Sequence[Point], targets: Sequence[Target]) -> list[
         fleets.append(
             Fleet(
                 world,
-                sizes[met[0]],
+                _settled(sizes[met[0]], group, targets).point,
                 sizes[max(smaller)] if smaller else None,
                 tuple(size for size in sorted(sizes) if size > met[0] and size not in met),
             )
@@ -153,20 +153,30 @@ def smallest_fleets(points: Sequence[Point], targets: Sequence[Target]) -> list[
     return fleets
 
 
+def _threshold_path(point: Point) -> str | None:
+    return next((path for path in THRESHOLDS if path in point.choice), None)
+
+
+def _settled(best: Point, group: Sequence[Point], targets: Sequence[Target]) -> Choosing:
+    """The best point, with the threshold that is chosen among those with all else equal."""
+    path = _threshold_path(best)
+    if path is None:
+        return Choosing(best, "", None, ())
+    rest = {**best.choice, path: None}
+    return choose([point for point in group if {**point.choice, path: None} == rest], path, targets)
+
+
 def thresholds(points: Sequence[Point], targets: Sequence[Target]) -> list[Choosing]:
     """The threshold for each state of the world, at the smallest fleet where workers vary."""
-    path = next((path for path in THRESHOLDS if path in points[0].choice), None)
-    if path is None:
+    if _threshold_path(points[0]) is None:
         return []
     answers = []
-    for world, group in _groups(points, WORLD):
+    for _, group in _groups(points, WORLD):
         best = min(group, key=lambda point: order(point, targets))
         if "workers" in best.choice:
             fleet = smallest_fleets(group, targets)[0]
             best = fleet.point or fleet.smaller or best
-        rest = {**world, **{name: value for name, value in best.choice.items() if name != path}}
-        row = [point for point in group if {**point.choice, path: None} == {**rest, path: None}]
-        answers.append(choose(row, path, targets))
+        answers.append(_settled(best, group, targets))
     return answers
 
 
@@ -226,7 +236,8 @@ def _groups(
 
 
 def _at(world: dict[str, Value]) -> str:
-    return "".join(f"with {name}={value}: " for name, value in world.items()) if world else ""
+    named = ", ".join(f"{name}={value}" for name, value in world.items())
+    return f"With {named}: " if named else ""
 
 
 def say_fleet(fleet: Fleet, targets: Sequence[Target]) -> list[str]:
@@ -276,16 +287,22 @@ def say_knee(knee: Knee) -> str:
     at = _at(knee.rest)
 
     def place(point: Point) -> str:
-        rate = f" ({point.offered_rps:.2f} requests/s offered)" if point.offered_rps else ""
-        return f"{knee.axis}={point.choice[knee.axis]}{rate}"
+        value, rate = point.choice[knee.axis], point.offered_rps
+        if rate is None:
+            return f"{knee.axis}={value}"
+        if knee.axis == "workers" and isinstance(value, int):
+            return f"workers={value} ({rate / value:.2f} requests/s offered for each)"
+        return f"{knee.axis}={value} ({rate:.2f} requests/s offered)"
 
     if knee.knee is None:
         assert knee.before is not None
         return f"{at}No overload up to {place(knee.before)}."
     estimates = knee.knee.estimates
+    mean = estimates[Metric.TTFT_P99].mean
+    p99 = "infinite" if mean is None else figure(Metric.TTFT_P99, mean)
     gives = (
         f"there {figure(Metric.ATTAINMENT, estimates[Metric.ATTAINMENT].mean)} of the requests keep "
-        f"the SLO, and TTFT p99 is {figure(Metric.TTFT_P99, estimates[Metric.TTFT_P99].mean)}"
+        f"the SLO, and TTFT p99 is {p99}"
     )
     if knee.before is None:
         return f"{at}Overloaded at every point, from {place(knee.knee)} on: {gives}."

@@ -10,7 +10,7 @@ from router.config import ConfigError
 from router.core.policies import POLICIES
 from sim.commands import arguments as shared
 from sim.commands import many
-from sim.report.table import BEST, difference_table, point_table, print_table
+from sim.report.table import BEST, difference_table, output, point_table, print_table
 from sim.variants import Base, check_option
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace, errors: Console) -> int:
     tables = [point_table(points, f"mean over {seeds}, latency over all requests offered")]
     if len(points) > 1:
         tables.append(difference_table(points, "policy"))
-    console = Console()
+    console = output()
     for table in tables:
         print_table(console, table)
     for note in NOTES:

@@ -12,7 +12,7 @@ from router.core.policies import POLICIES
 from sim.commands import arguments as shared
 from sim.commands import many
 from sim.experiment import Point
-from sim.report.table import point_table, print_table
+from sim.report.table import output, point_table, print_table
 from sim.search import Recommendation, Search, Settings
 from sim.slo import Target, Verdict, parse_targets, verdict
 from sim.variants import SLOTS_PATHS, THRESHOLD_PATH, Base, Choice
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace, errors: Console) -> int:
     yaml = base.text((*found.settings.choice, *policy)) if found.met else ""
     words = say(found, targets, arguments.max_workers)
     table = point_table(found.points, f"tried, mean over {arguments.seeds} seeds", mark_best=False)
-    console = Console()
+    console = output()
     print_table(console, table)
     for line in words:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -24,7 +24,7 @@ from sim.commands import arguments as shared
 from sim.commands import many
 from sim.experiment import Point
 from sim.pool import PoolError
-from sim.report.table import point_table, print_table
+from sim.report.table import output, point_table, print_table
 from sim.slo import Target, parse_target, parse_targets
 from sim.variants import Base, grid, parse_axes
 
@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace, errors: Console) -> int:
     words = [f"{point.name}: {point.refused}" for point in points if point.refused is not None]
     words += _words(targets, fleets, chosen, overloads)
     table = point_table(points, f"mean over {arguments.seeds} seeds", mark_best=False)
-    console = Console()
+    console = output()
     print_table(console, table)
     for line in words:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

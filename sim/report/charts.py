@@ -6,6 +6,7 @@ differ in dash as well as in colour. `tests/sim/test_report.py` holds each chart
 plotly's schema.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
@@ -18,11 +19,33 @@ from sim.slo import Target
 Chart: TypeAlias = dict[str, Any]
 Curve: TypeAlias = Sequence[float | None]
 
+DECADES_SPLIT: Final = 3  # of a logarithmic axis: up to here its decades have ticks within
+LOG_FROM: Final = 10  # an axis of latencies that differ by more is logarithmic
+TICKS_MAX: Final = 12
+DASHED_MAX: Final = 2  # lines over time that differ in dash as well
 DASHES: Final = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 # Okabe and Ito's palette (jfly.uni-koeln.de/color), told apart with any colour vision, darkened for
 # a light ground and lightened for a dark one to a contrast of 4.5 and more; without its yellow.
-LIGHT: Final = "#0062a3 #b34700 #00704f #a03d78 #4d4d4d #2a7ab0 #7a5c00 #5b3fa0".split()
-DARK: Final = "#6cb8f0 #ff9a4d #3fd0a0 #f0a0cc #c8c8c8 #a5d5ff #e8c84a #b9a5ff".split()
+LIGHT: Final = (
+    "#0062a3",
+    "#b34700",
+    "#00704f",
+    "#a03d78",
+    "#4d4d4d",
+    "#2a7ab0",
+    "#7a5c00",
+    "#5b3fa0",
+)
+DARK: Final = (
+    "#6cb8f0",
+    "#ff9a4d",
+    "#3fd0a0",
+    "#f0a0cc",
+    "#c8c8c8",
+    "#a5d5ff",
+    "#e8c84a",
+    "#b9a5ff",
+)
 HELD_NAMES: Final = {
     Held.COLD: "not held",
     Held.RESIDENT: "idle",
@@ -44,7 +67,6 @@ def _theme(
             "xaxis": axis,
             "yaxis": axis,
             "hoverlabel": {"bgcolor": ground, "bordercolor": grid, "font": {"color": text}},
-            "shapedefaults": {"line": {"color": text, "width": 1, "dash": "dot"}},
         },
         "data": {
             "heatmap": [
@@ -125,11 +147,30 @@ def distribution(curves: Mapping[str, Curve], label: str) -> Chart:
     layout = _layout(
         label,
         "requests offered",
-        xaxis={"type": "log", "ticksuffix": " s", "exponentformat": "none", "nticks": 7},
+        xaxis=_log_axis([value for line in data for value in line["x"]]),
         yaxis={"tickformat": ".0%", "range": [0, 1.01]},
         hovermode="closest",
     )
     return {"data": data, "layout": layout}
+
+
+def _log_axis(seconds: Sequence[float]) -> dict[str, Any]:
+    """A logarithmic axis of time whose ticks are whole: 1, 2, 5, or 1 alone over many decades."""
+    if not seconds:
+        return {"type": "log"}
+    low, high = math.log10(min(seconds)), math.log10(max(seconds))
+    steps = (1, 2, 5) if high - low <= DECADES_SPLIT else (1,)
+    ticks = [
+        step * 10.0**power
+        for power in range(math.floor(low), math.ceil(high) + 1)
+        for step in steps
+    ]
+    return {
+        "type": "log",
+        "tickvals": ticks,
+        "ticktext": [f"{tick:g} s" if tick >= 1 else f"{tick * 1000:g} ms" for tick in ticks],
+        "hoverformat": ".3g",
+    }
 
 
 def over_time(series: Mapping[str, tuple[Sequence[float], Curve]], label: str, **y: Any) -> Chart:  # noqa: ANN401  (an axis of plotly's)
@@ -137,7 +178,7 @@ def over_time(series: Mapping[str, tuple[Sequence[float], Curve]], label: str, *
     data = [
         _line(
             name,
-            number,
+            number if len(series) <= DASHED_MAX else 0,  # more dashes than that are but noise
             x=[_short(at_s) for at_s in times],
             y=[None if value is None else _short(value) for value in values],
         )
@@ -152,10 +193,12 @@ def over_time(series: Mapping[str, tuple[Sequence[float], Curve]], label: str, *
 def residency(timeline: Timeline) -> Chart:
     """Which adapter is where, over time: a row for each adapter of each worker."""
     rows = timeline.residency
+    names = [f"{row.worker} {row.adapter}" for row in rows]
+    firsts = {row.worker: name for row, name in reversed(list(zip(rows, names, strict=True)))}
     cell = {
         "type": "heatmap",
         "x": [_short(at_s) for at_s in timeline.residency_s],
-        "y": [f"{row.worker} {row.adapter}" for row in rows],
+        "y": names,
         "z": [list(row.held) for row in rows],
         "zmin": -0.5,
         "zmax": len(Held) - 0.5,
@@ -179,7 +222,8 @@ def residency(timeline: Timeline) -> Chart:
         xaxis={"ticksuffix": " s"},
         yaxis={"autorange": "reversed", "tickfont": {"size": 9}, "showgrid": False},
         hovermode="closest",
-        meta="rows",
+        # Where there is no room for the name of every row: the worker's, at its first.
+        meta={"narrow": {"tickvals": list(firsts.values()), "ticktext": list(firsts)}},
     )
     return {"data": [cell], "layout": layout}
 
@@ -192,8 +236,9 @@ def against(
 ) -> Chart:
     """One figure against one axis, a line for each choice of the others, with intervals."""
     data = []
+    values = list(dict.fromkeys(value for line in lines.values() for value, _ in line))
     for number, (name, points) in enumerate(lines.items()):
-        bars = [estimate.half or 0.0 for _, estimate in points]
+        above, below = _bars([estimate for _, estimate in points], metric)
         data.append(
             _line(
                 name,
@@ -202,10 +247,36 @@ def against(
                 x=[value for value, _ in points],
                 y=[estimate.mean for _, estimate in points],
                 connectgaps=False,
-                error_y={"type": "data", "array": bars, "visible": any(bars), "thickness": 1},
+                error_y={
+                    "type": "data",
+                    "symmetric": False,
+                    "array": above,
+                    "arrayminus": below,
+                    "visible": any(below),
+                    "thickness": 1,
+                },
             )
         )
-    numeric = all(isinstance(value, int | float) for line in lines.values() for value, _ in line)
+    xaxis: dict[str, Any] = {}
+    if not all(isinstance(value, int | float) for value in values):
+        xaxis = {"type": "category"}
+    elif len(values) <= TICKS_MAX:
+        xaxis = {"tickvals": values}
+    if target is not None:
+        ends = [values[0], values[-1]] if xaxis.get("type") else [min(values), max(values)]
+        level = [target.value, target.value]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "name": f"asked for: {target}",
+                "x": ends,
+                "y": level,
+                "line": {"dash": "dot", "width": 1},
+                "hoverinfo": "skip",
+            }
+        )
+    heights = [value for line in data for value in line["y"] if value]
     axes: dict[Unit, dict[str, Any]] = {
         Unit.SECONDS: {"ticksuffix": " s", "hoverformat": ".3g"},
         Unit.SHARE: {"tickformat": ".0%", "hoverformat": ".1%"},
@@ -214,33 +285,21 @@ def against(
     }
     layout = _layout(
         path,
-        metric.heading,
-        xaxis={} if numeric else {"type": "category"},
-        yaxis=axes[metric.unit],
+        metric.heading + (", requests/s" if metric.unit is Unit.RATE else ""),
+        xaxis=xaxis,
+        yaxis=_log_axis(heights)
+        if metric.unit is Unit.SECONDS and heights and max(heights) > LOG_FROM * min(heights)
+        else axes[metric.unit],
     )
-    if target is not None:
-        layout["shapes"] = [
-            {
-                "type": "line",
-                "xref": "paper",
-                "x0": 0,
-                "x1": 1,
-                "y0": target.value,
-                "y1": target.value,
-            }
-        ]
-        layout["annotations"] = [
-            {
-                "xref": "paper",
-                "x": 1,
-                "y": target.value,
-                "xanchor": "right",
-                "yanchor": "bottom",
-                "showarrow": False,
-                "text": str(target),
-            }
-        ]
     return {"data": data, "layout": layout}
+
+
+def _bars(estimates: Sequence[Estimate], metric: Metric) -> tuple[list[float], list[float]]:
+    """Half intervals up and down, as far as there can be such values."""
+    most = 1.0 if metric.unit is Unit.SHARE else math.inf
+    known = [(estimate.mean or 0.0, estimate.half or 0.0) for estimate in estimates]
+    above = [max(0.0, min(half, most - mean)) for mean, half in known]
+    return above, [min(half, mean) for mean, half in known]
 
 
 def _short(value: float) -> float:

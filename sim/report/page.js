@@ -9,9 +9,7 @@ function draw() {
   const template = themes[dark.matches ? "dark" : "light"];
   for (const element of document.querySelectorAll("[data-chart]")) {
     const { data, layout } = read(element.dataset.chart);
-    if (layout.meta === "rows" && narrow.matches) {
-      layout.yaxis.showticklabels = false; // a name of each row would leave no room for the row
-    }
+    if (narrow.matches && layout.meta) Object.assign(layout.yaxis, layout.meta.narrow);
     Plotly.react(element, data, { ...layout, template }, { responsive: true, displayModeBar: false });
   }
 }

@@ -87,6 +87,10 @@ def sweep_page(
         page.heading("Configuration")
         page.code(yaml)
     known = measured(points)
+    if shown is not None:
+        # The curves of the answer and of what differs least from it.
+        choice = shown.choice
+        known.sort(key=lambda point: sum(point.choice[path] != choice[path] for path in choice))
     for path in known[0].choice if known else ():
         add_axis(page, known, path, targets)
     if known:
@@ -120,7 +124,7 @@ def add_distributions(page: Page, points: Sequence[Point], names: Mapping[str, P
     )
     page.text("A request that was not answered counts as infinite: its curve ends below 100%.")
     if len(points) > len(some):
-        page.text(f"Shown: the first {len(some)} of {len(points)} points.")
+        page.text(f"Shown: {len(some)} of {len(points)} points.")
 
 
 def add_timelines(page: Page, timelines: Mapping[str, Timeline]) -> None:
@@ -138,7 +142,7 @@ def add_timelines(page: Page, timelines: Mapping[str, Timeline]) -> None:
     for name, line in timelines.items():
         page.chart(
             charts.over_time(
-                {worker: (line.at_s, load) for worker, load in line.in_flight.items()},
+                {worker: (line.load_at_s, load) for worker, load in line.in_flight.items()},
                 "in flight",
             ),
             f"Requests in flight on each worker: {name}",
@@ -180,16 +184,15 @@ def add_axis(page: Page, points: Sequence[Point], path: str, targets: Sequence[T
     for point in points:
         rest = ", ".join(f"{name}={value}" for name, value in point.choice.items() if name != path)
         lines.setdefault(rest or "all", []).append(point)
-    if all(len(line) == 1 for line in lines.values()):
+    lines = {name: line for name, line in lines.items() if len(line) > 1}
+    if not lines:
         return
     # A search has a few points with all else equal for each axis: the longest lines say the most.
     longest = sorted(lines.items(), key=lambda item: -len(item[1]))[:LINES_MAX]
     shown = {
-        name: sorted(line, key=lambda point: _rank(point.choice[path]))
-        for name, line in longest
-        if len(line) > 1
+        name: sorted(line, key=lambda point: _rank(point.choice[path])) for name, line in longest
     }
-    page.heading(f"Along {path}" + (": where overload begins" if path in LOAD_AXES else ""))
+    page.heading(f"By {path}" + (": where overload begins" if path in LOAD_AXES else ""))
     bounds = {target.metric: target for target in targets}
     for metric in dict.fromkeys((*bounds, Metric.ATTAINMENT, Metric.GOODPUT, Metric.TTFT_P99)):
         page.chart(
@@ -205,6 +208,7 @@ def add_axis(page: Page, points: Sequence[Point], path: str, targets: Sequence[T
             f"{metric.heading} by {path}",
             height=260,
         )
+    page.text("Bars are 95% intervals over the seeds. A gap in a line is infinite.")
     if len(lines) > len(shown):
         page.text(f"Shown: {len(shown)} lines of {len(lines)}.")
 

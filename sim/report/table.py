@@ -1,5 +1,6 @@
 """Results as tables, for a terminal and for a page alike."""
 
+import os
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -14,6 +15,7 @@ from sim.experiment import Point
 from sim.report.intervals import Estimate, paired
 from sim.report.metrics import SHOWN, Metric, interval
 
+FILE_COLUMNS: Final = 160
 BEST: Final = "★ "  # before a cell that is the best of its column, beyond doubt
 LATENCY_COLUMNS: Final = ("mean", "p50", "p90", "p99")
 LATENCY_NAMES: Final = {
@@ -31,6 +33,14 @@ class Table(msgspec.Struct, frozen=True):
     rows: tuple[tuple[str, ...], ...]
     title: str = ""
     words: int = 1
+
+
+def output() -> Console:
+    """The console for results: as wide as the terminal, and wide enough for a table in a file."""
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(width=FILE_COLUMNS)
+    return console
 
 
 def print_table(console: Console, table: Table) -> None:
@@ -178,7 +188,7 @@ def _mean(estimate: Estimate, metric: Metric) -> float:
 
 
 def difference_table(points: Sequence[Point], path: str) -> Table:
-    """Each point less the first, seed by seed; marked where it is better and the interval leaves out 0."""
+    """Each point less the first, seed by seed; marked where it is better beyond doubt."""
     first = points[0]
     rows = []
     for point in points[1:]:

@@ -8,6 +8,7 @@ is bounded however long the replay's tail is.
 
 import asyncio
 import itertools
+import statistics
 from array import array
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
@@ -26,6 +27,7 @@ INTERVAL_MIN_S: Final = 1e-3
 SLOTS_SAMPLED_MAX: Final = 2_048  # over all workers; at 4 bytes each 10 MB at most
 ROWS_MAX: Final = 72  # of the residency chart
 COLUMNS_MAX: Final = 240
+LOAD_COLUMNS_MAX: Final = 150
 BINS: Final = 60  # of rates, which need a time to count over
 WORKERS_NAMED_MAX: Final = 8
 
@@ -50,12 +52,14 @@ class ResidencyRow(msgspec.Struct, frozen=True):
 class Timeline(msgspec.Struct, frozen=True):
     """Series over virtual time, in seconds. Rates are over the bin that ends at their time.
 
-    `in_flight` is by worker where there are few, else `least`, `mean` and `most` over the workers.
+    `in_flight` is the mean over the bin that begins at its time, by worker where there are few, else
+    `least`, `mean` and `most` over the workers.
     `omitted` says what was left out of the residency, and is empty where nothing was.
     """
 
     at_s: tuple[float, ...]
     queued: tuple[int, ...]
+    load_at_s: tuple[float, ...]
     in_flight: dict[str, tuple[float, ...]]
     rate_at_s: tuple[float, ...]
     hit_rate: tuple[float | None, ...]
@@ -68,11 +72,11 @@ class Timeline(msgspec.Struct, frozen=True):
 class _Sample(msgspec.Struct, frozen=True):
     at_s: float
     queued: int
-    in_flight: array[int]
+    in_flight: "array[int]"
     hits: int
     cold: int
     placed: int
-    slots: array[int]  # (worker × adapters + adapter) × 4 + Held, of what is held
+    slots: "array[int]"  # (worker × adapters + adapter) × 4 + Held, of what is held
 
 
 class Sampler:
@@ -139,6 +143,7 @@ class Sampler:
         return Timeline(
             at_s=tuple(sample.at_s for sample in samples),
             queued=tuple(sample.queued for sample in samples),
+            load_at_s=tuple(sample.at_s for sample in samples[:: self._load_step()]),
             in_flight=self._in_flight(),
             rate_at_s=rate_at_s,
             hit_rate=hit_rate,
@@ -149,18 +154,25 @@ class Sampler:
         )
 
     def _in_flight(self) -> dict[str, tuple[float, ...]]:
-        samples = self._samples
+        step, loads = self._load_step(), [sample.in_flight for sample in self._samples]
+        bins = [loads[start : start + step] for start in range(0, len(loads), step)]
+        # For each bin the mean of each worker.
+        means = [
+            [statistics.fmean(column) for column in zip(*group, strict=True)] for group in bins
+        ]
         if len(self._workers) <= WORKERS_NAMED_MAX:
             return {
-                worker.id: tuple(sample.in_flight[number] for sample in samples)
+                worker.id: tuple(row[number] for row in means)
                 for number, worker in enumerate(self._workers)
             }
-        count = len(self._workers)
         return {
-            "least": tuple(min(sample.in_flight) for sample in samples),
-            "mean": tuple(sum(sample.in_flight) / count for sample in samples),
-            "most": tuple(max(sample.in_flight) for sample in samples),
+            "least": tuple(min(row) for row in means),
+            "mean": tuple(statistics.fmean(row) for row in means),
+            "most": tuple(max(row) for row in means),
         }
+
+    def _load_step(self) -> int:
+        return -(-len(self._samples) // LOAD_COLUMNS_MAX)
 
     def _rates(
         self,
