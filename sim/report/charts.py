@@ -21,6 +21,7 @@ Curve: TypeAlias = Sequence[float | None]
 
 DECADES_SPLIT: Final = 3  # of a logarithmic axis: up to here its decades have ticks within
 LOG_FROM: Final = 10  # an axis of latencies that differ by more is logarithmic
+DOUBLED_FROM: Final = 16  # values that span more are doublings rather than steps
 TICKS_MAX: Final = 12
 DASHED_MAX: Final = 2  # lines over time that differ in dash as well
 DASHES: Final = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
@@ -261,9 +262,11 @@ def against(
     if not all(isinstance(value, int | float) for value in values):
         xaxis = {"type": "category"}
     elif len(values) <= TICKS_MAX:
-        xaxis = {"tickvals": values}
+        xaxis = {"tickvals": values, "ticktext": [f"{value:g}" for value in values]}
+        if min(values) > 0 and max(values) >= DOUBLED_FROM * min(values):
+            xaxis["type"] = "log"
     if target is not None:
-        ends = [values[0], values[-1]] if xaxis.get("type") else [min(values), max(values)]
+        ends = [values[0], values[-1]] if xaxis.get("type") == "category" else [min(values), max(values)]
         level = [target.value, target.value]
         data.append(
             {

@@ -10,6 +10,9 @@ function draw() {
   for (const element of document.querySelectorAll("[data-chart]")) {
     const { data, layout } = read(element.dataset.chart);
     if (narrow.matches && layout.meta) Object.assign(layout.yaxis, layout.meta.narrow);
+    // Where names stand below one another, the plot keeps its height and the names get their own.
+    const names = narrow.matches && data.length > 2 ? 22 * data.length : 0;
+    element.style.height = `${Number(element.dataset.height) + names}px`;
     Plotly.react(element, data, { ...layout, template }, { responsive: true, displayModeBar: false });
   }
 }

@@ -96,7 +96,7 @@ class Page:
         name = f"chart-{self._charts}"
         self._parts.append(
             f'<figure><figcaption>{escape(caption)}</figcaption><div class="chart" role="img" '
-            f'aria-label="{escape(caption)}" data-chart="{name}" style="height:{height}px"></div>'
+            f'aria-label="{escape(caption)}" data-chart="{name}" data-height="{height}"></div>'
             f'<script type="application/json" id="{name}">{_json(chart)}</script></figure>'
         )
 
