@@ -266,7 +266,11 @@ def against(
         if min(values) > 0 and max(values) >= DOUBLED_FROM * min(values):
             xaxis["type"] = "log"
     if target is not None:
-        ends = [values[0], values[-1]] if xaxis.get("type") == "category" else [min(values), max(values)]
+        ends = (
+            [values[0], values[-1]]
+            if xaxis.get("type") == "category"
+            else [min(values), max(values)]
+        )
         level = [target.value, target.value]
         data.append(
             {

@@ -14,7 +14,7 @@ from sim.replay import Options
 from sim.variants import POINTS_MAX, Axis, Base, Choice, grid, parse_axes, parse_axis
 
 THRESHOLD = "deployment_config.max_ongoing_requests"
-GOOD: list[tuple[str, str, tuple[object, ...]]] = [
+GOOD: list[tuple[str, str | None, tuple[object, ...]]] = [
     (f"{THRESHOLD}=8,16,32", THRESHOLD, (8, 16, 32)),
     ("workers=2..6", "workers", (2, 3, 4, 5, 6)),
     ("workers=2..16:4", "workers", (2, 6, 10, 14)),
@@ -29,7 +29,7 @@ GOOD: list[tuple[str, str, tuple[object, ...]]] = [
     ("calibration=emulated", "calibration", ("emulated",)),
     ("deployment_config.autoscaling_config.min_replicas=2", None, (2,)),
     ("locality=0,0.8", "locality", (0, 0.8)),
-]  # type: ignore[list-item]
+]
 
 
 @pytest.mark.parametrize(("text", "path", "values"), GOOD, ids=[text for text, _, _ in GOOD])
