@@ -13,7 +13,6 @@ import itertools
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -226,7 +225,7 @@ class Pool:
         while True:
             # After a failure no new task is begun, but earlier ones may fail earlier in the order.
             room = 0 if failures else QUEUED_PER_JOB * self.jobs - len(under_way)
-            with _uninterrupted():
+            with _interrupts_held():
                 for index, task in itertools.islice(left, room):
                     under_way[executor.submit(_run, task)] = index
             if not under_way:
@@ -246,16 +245,19 @@ class Pool:
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Start processes without SIGINT: one that comes while they import would be a traceback each."""
-    if threading.current_thread() is not threading.main_thread():
+def _interrupts_held() -> Iterator[None]:
+    """Start processes with SIGINT blocked, as they then stay: one while they import is a traceback.
+
+    Here it is only put off to the end of the block. (Where there are no such masks, so is nothing.)
+    """
+    if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def all_cores() -> int:

@@ -112,7 +112,11 @@ def test_an_interrupt_ends_every_process_quietly(tmp_path: Path) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGINT)
-        out, errors = process.communicate(timeout=60)
+        try:
+            out, errors = process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
     assert process.returncode == 130
     assert (out, errors.strip()) == ("", "interrupted")
     while _is_there(process.pid):  # Python's tracker ends when the pipe to its parent does
