@@ -28,7 +28,7 @@ from sim.latency import CalibrationError
 from sim.replay import Options, Replay, UnknownModelError
 from sim.report.summary import curve
 from sim.report.timeline import Sampler, Timeline
-from sim.traces import TraceError, read
+from sim.traces import Reading, TraceError, read
 
 POLL_S: Final = 0.1
 QUEUED_PER_JOB: Final = 2
@@ -47,13 +47,14 @@ class PoolError(Exception):
 
 
 class Workload(msgspec.Struct, frozen=True):
-    """The trace that every replay of a pool runs: its rows, its span in seconds, its model ids."""
+    """The trace that every replay of a pool runs, and what is known of it: its span in seconds."""
 
     trace: Path
     limit: int | None
     requests: int
     span_s: float
     models: tuple[str, ...] = ()
+    reading: Reading = Reading()
 
 
 class Task(msgspec.Struct, frozen=True):
@@ -91,7 +92,7 @@ class _StoppedError(Exception):
 def replay(workload: Workload, task: Task, ended: Callable[[int], None]) -> Run:
     """Run one task here. `ended` is told how many requests have ended so far."""
     sampler = Sampler(workload.span_s / task.options.speed) if task.sample else None
-    rows = itertools.islice(read(workload.trace), workload.limit)
+    rows = itertools.islice(read(workload.trace, workload.reading), workload.limit)
     try:
         simulation = Replay(
             task.config,

@@ -39,13 +39,16 @@ def experiment(
 
     The second is to be told how many points more there will be, where a search finds that out.
     """
-    summary = scan(arguments.trace, limit=arguments.limit)
+    reading = shared.reading(arguments)
+    summary = scan(arguments.trace, limit=arguments.limit, reading=reading)
+    shared.tell_skipped(errors, summary.bad)
     workload = Workload(
         arguments.trace,
         arguments.limit,
         summary.requests,
         summary.span_s,
         tuple(summary.models),
+        reading,
     )
     columns = (
         TextColumn("{task.description}"),

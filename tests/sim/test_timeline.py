@@ -5,7 +5,6 @@ from pathlib import Path
 from random import Random
 
 import pytest
-import simpy
 from traces import write_trace
 
 from router.config import load
@@ -14,6 +13,7 @@ from router.core.job import AdapterRef, AdapterUse, Job
 from router.core.policies import POLICIES
 from router.core.router import Router
 from sim.commands.arguments import DEFAULT_CONFIG
+from sim.environment import Environment
 from sim.loop import SimLoop
 from sim.replay import Options, Replay
 from sim.report.timeline import COLUMNS_MAX, ROWS_MAX, SAMPLES, Held, Sampler, Timeline
@@ -58,7 +58,7 @@ def test_without_adapters_there_is_no_residency(tmp_path: Path) -> None:
 
 
 def test_a_tail_of_any_length_is_thinned() -> None:
-    loop = SimLoop(simpy.Environment())  # type: ignore[abstract]  # as in sim.replay
+    loop = SimLoop(Environment())  # type: ignore[abstract]  # as in sim.replay
 
     class Never:
         async def load(self, worker: Worker, adapter: AdapterRef, evict: AdapterRef | None) -> int:
