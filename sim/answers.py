@@ -247,7 +247,7 @@ def say_fleet(fleet: Fleet, targets: Sequence[Target]) -> list[str]:
         assert fleet.smaller is not None
         estimates = fleet.smaller.estimates
         return [
-            f"{at}No fleet that was tried meets the SLO. The largest, {fleet.smaller.name}:",
+            f"{at}No fleet that was tried surely meets the SLO. The largest, {fleet.smaller.name}:",
             *(f"  {target.margin(estimates[target.metric])}" for target in targets),
         ]
     lines = [f"{at}The smallest fleet that meets the SLO: {fleet.point.name}."]
@@ -306,4 +306,6 @@ def say_knee(knee: Knee) -> str:
     )
     if knee.before is None:
         return f"{at}Overloaded at every point, from {place(knee.knee)} on: {gives}."
-    return f"{at}Overload begins between {place(knee.before)} and {place(knee.knee)}: {gives}."
+    attained = estimates[Metric.ATTAINMENT].mean or 0.0
+    what = "Overload begins" if attained < KNEE_ATTAINMENT else "The SLO is first missed"
+    return f"{at}{what} between {place(knee.before)} and {place(knee.knee)}: {gives}."

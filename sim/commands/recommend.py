@@ -127,9 +127,10 @@ def say(found: Recommendation, targets: Sequence[Target], max_workers: int) -> l
     if found.smaller is not None:
         lines += [f"{settings.workers - 1} would give:", *_margins(found.smaller, targets)]
     larger = found.larger
-    if larger is not None and verdict(targets, larger.estimates) is not Verdict.MET:
+    if larger is not None and (got := verdict(targets, larger.estimates)) is not Verdict.MET:
+        how = "do so on average only" if got is Verdict.UNSURE else "do not"
         lines += [
-            f"Careful: {settings.workers + 1} workers do not, so that this stands on luck:",
+            f"Careful: {settings.workers + 1} workers {how}, so luck is at work; more --seeds tell:",
             *_margins(larger, targets),
         ]
     if found.slots is not None:

@@ -63,7 +63,7 @@ def test_no_fleet_is_said_so_for_each_state_of_the_world() -> None:
     assert (slow.world, slow.point) == ({"speed": 1}, points[0])
     assert (fast.world, fast.point) == ({"speed": 2}, None)
     words = "\n".join(say_fleet(fast, SLO))
-    assert words.startswith("With speed=2: No fleet that was tried meets the SLO.")
+    assert words.startswith("With speed=2: No fleet that was tried surely meets the SLO.")
     assert "infinite: too many requests were not answered" in words
 
 
@@ -115,7 +115,9 @@ def test_where_overload_begins(
 
 def test_overload_along_fewer_workers_for_each_policy() -> None:
     points = [
-        point({"policy": policy, "workers": workers}, 1.0 if workers >= least else None)
+        point(
+            {"policy": policy, "workers": workers}, *((1.0,) if workers >= least else (None, 0.3))
+        )
         for policy, least in (("a", 2), ("b", 3))
         for workers in (1, 2, 3, 4)
     ]
