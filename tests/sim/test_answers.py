@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sim.answers import (
@@ -164,6 +164,7 @@ def test_paired_differences_find_what_two_intervals_hide() -> None:
 # The search.
 
 
+@settings(max_examples=40)
 @given(need=st.integers(2, 60), best=st.sampled_from([4, 8, 16, 32]))
 def test_the_search_finds_the_smallest_fleet(need: int, best: int) -> None:
     asked: list[Choice] = []
