@@ -7,19 +7,21 @@ from typing import Final
 from rich.console import Console
 
 from router.config import ConfigError
-from sim.commands import calibrate, convert, generate, replay
+from sim.commands import calibrate, compare, convert, generate, recommend, replay, sweep
 from sim.fleet import EngineArgumentError
 from sim.latency import CalibrationError
+from sim.pool import PoolError
 from sim.replay import UnknownModelError
 from sim.traces import TraceError
 
-COMMANDS: Final = (replay, convert, generate, calibrate)
+COMMANDS: Final = (replay, compare, sweep, recommend, convert, generate, calibrate)
 USER_ERRORS: Final = (
     ConfigError,
     TraceError,
     CalibrationError,
     EngineArgumentError,
     UnknownModelError,
+    PoolError,
     *calibrate.USER_ERRORS,
     OSError,
 )

@@ -26,6 +26,7 @@ from sim.environment import Environment
 from sim.fleet import Reports, SimWorkers
 from sim.loop import RanDryError, SimLoop
 from sim.report.summary import Latencies, Slo, latency_figures, outcome_counts
+from sim.report.timeline import Sampler
 from sim.traces import TraceRow
 from sim.workload import AdapterDraw
 
@@ -169,7 +170,9 @@ class Replay:
         *,
         models: Iterable[str] = (),
         progress: Callable[[int], None] | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
+        self._sampler = sampler
         self._known_models = tuple(models)
         self._config = config
         self._rows = rows
@@ -209,6 +212,9 @@ class Replay:
             self._models[llm.model_id] = _Model(loop, llm, self._config, self._options)
         for model_id in self._known_models:
             self._find(model_id)
+        if self._sampler is not None:
+            routers = [model.router for model in self._models.values()]
+            self._sampler.start(loop, routers, self._uses)
         rows: Iterator[TraceRow] = iter(self._rows)
         first = next(rows, None)
         if first is None:

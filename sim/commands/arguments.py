@@ -8,6 +8,10 @@ from rich.console import Console
 
 from router.config import ConfigError
 from router.core.policies import POLICIES
+from sim.experiment import SEEDS_MAX
+from sim.pool import all_cores
+from sim.replay import Options
+from sim.report.summary import Slo
 from sim.traces import BadRows, Reading, TimeUnit
 from sim.traces.jsonl import MODEL
 from sim.workload import DEFAULT_LOCALITY
@@ -108,6 +112,54 @@ def add_policy(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, default=0, help="for every random choice (default 0)")
 
 
+def add_many(command: argparse.ArgumentParser, *, seeds: int) -> None:
+    """Several seeds, several cores, and the files to write."""
+    command.add_argument(
+        "--seeds",
+        type=seeds_number,
+        default=seeds,
+        metavar="K",
+        help=f"replay every point with K seeds, for confidence intervals (default {seeds})",
+    )
+    command.add_argument("--seed", type=int, default=0, help="the first of the seeds (default 0)")
+    command.add_argument(
+        "--jobs",
+        type=positive,
+        default=all_cores(),
+        metavar="N",
+        help="replay N at a time (default: one for each core)",
+    )
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the result here as JSON")
+    command.add_argument("--report", type=Path, metavar="FILE", help="write an HTML page here")
+
+
+def add_targets(command: argparse.ArgumentParser, *, required: bool) -> None:
+    """The service level that a fleet is to give."""
+    command.add_argument(
+        "--slo",
+        action="append",
+        default=[],
+        required=required,
+        metavar="METRIC=VALUE",
+        help="what a fleet must give, such as ttft_p99=2s, itl_p99=100ms or attainment=99%% "
+        "(of the requests within --slo-ttft and --slo-itl); may be given several times",
+    )
+
+
+def options(arguments: argparse.Namespace, policy: str) -> Options:
+    """What a replay is given of the command line."""
+    return Options(
+        policy=policy,
+        seed=arguments.seed,
+        workers=arguments.workers,
+        adapters=arguments.adapters,
+        locality=arguments.locality,
+        zipf=arguments.zipf,
+        speed=arguments.speed,
+        slo=Slo(ttft_s=arguments.slo_ttft, itl_s=arguments.slo_itl),
+    )
+
+
 def check_writable(option: str, path: Path | None) -> None:
     """Find out before the run what would lose its result. Raises `ConfigError`."""
     if path is None:
@@ -140,6 +192,11 @@ def _whole(text: str, least: int) -> int:
 def positive(text: str) -> int:
     """A whole number above 0."""
     return _whole(text, 1)
+
+
+def seeds_number(text: str) -> int:
+    """A number of seeds."""
+    return int(_number(str(_whole(text, 1)), 1, SEEDS_MAX))
 
 
 def natural(text: str) -> int:

@@ -20,10 +20,10 @@ from rich.progress import (
 
 from router.config import load
 from sim.commands import arguments as shared
-from sim.replay import Options, Replay
-from sim.report.page import render
-from sim.report.summary import Slo
-from sim.report.table import print_result
+from sim.replay import Replay
+from sim.report.pages import replay_page
+from sim.report.table import latency_table, print_table, summary_table, worker_table
+from sim.report.timeline import Sampler
 from sim.traces import read, scan
 
 if TYPE_CHECKING:
@@ -58,7 +58,9 @@ def add(commands: "Commands") -> None:
 def run(arguments: argparse.Namespace, errors: Console) -> int:
     """Replay, print, write what was asked for; return the exit status."""
     result = replay(arguments, errors)
-    print_result(Console(), result)
+    console = Console()
+    for table in (summary_table(result), latency_table(result), worker_table(result)):
+        print_table(console, table)
     if result["unfinished"]:
         errors.print(f"error: {result['unfinished']} requests never ended", style="red")
         return 1
@@ -74,16 +76,8 @@ def replay(arguments: argparse.Namespace, errors: Console) -> dict[str, Any]:
     summary = scan(arguments.trace, limit=arguments.limit, reading=reading)
     shared.tell_skipped(errors, summary.bad)
     rows = itertools.islice(read(arguments.trace, reading), arguments.limit)
-    options = Options(
-        policy=arguments.policy or config.router.policy,
-        seed=arguments.seed,
-        workers=arguments.workers,
-        adapters=arguments.adapters,
-        locality=arguments.locality,
-        zipf=arguments.zipf,
-        speed=arguments.speed,
-        slo=Slo(ttft_s=arguments.slo_ttft, itl_s=arguments.slo_itl),
-    )
+    options = shared.options(arguments, arguments.policy or config.router.policy)
+    sampler = Sampler(summary.span_s / options.speed) if arguments.report is not None else None
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -99,6 +93,7 @@ def replay(arguments: argparse.Namespace, errors: Console) -> dict[str, Any]:
             options,
             models=summary.models,
             progress=lambda ended: progress.update(task, completed=ended),
+            sampler=sampler,
         )
         result = simulation.run()
         wall_s = time.perf_counter() - started
@@ -111,7 +106,9 @@ def replay(arguments: argparse.Namespace, errors: Console) -> dict[str, Any]:
     if arguments.json is not None:
         text = json.dumps(result, indent=2, allow_nan=False)
         arguments.json.write_text(text + "\n", encoding="utf-8")
-    if arguments.report is not None:
-        page = render(result, simulation.latencies, f"Replay of {arguments.trace.name}")
+    if sampler is not None:
+        page = replay_page(
+            f"Replay of {arguments.trace.name}", result, simulation.latencies, sampler.timeline()
+        )
         arguments.report.write_text(page, encoding="utf-8")
     return result

@@ -1,112 +1,135 @@
-"""A replay's result as one HTML page that opens from disk, in light and dark, with no network."""
+"""One self-contained HTML page: text, tables, charts. Opens from disk, in light and dark.
 
-import math
+Nothing is fetched: the plotting library stands in the page, and the page's own content policy
+forbids the browser to reach for anything else. What has no script sees the text and the tables.
+"""
+
+import json
 from collections.abc import Sequence
 from html import escape
+from importlib import resources
 from string import Template
 from typing import Any, Final
 
-from sim.report.summary import Latencies
-from sim.report.table import (
-    LATENCY_COLUMNS,
-    LATENCY_NAMES,
-    WORKER_COLUMNS,
-    seconds,
-    summary_rows,
-    worker_cells,
+from sim.report.charts import THEMES, Chart
+from sim.report.table import BEST, Table
+
+FILES: Final = resources.files("sim.report")
+POLICY: Final = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 )
-
-WIDTH: Final = 640
-HEIGHT: Final = 260
-LEFT: Final = 48
-BOTTOM: Final = 32
-POINTS: Final = 200
-
 PAGE: Final = Template("""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="$policy">
 <title>$title</title>
 <style>
-:root { color-scheme: light dark; --line: #8884; --a: #2563eb; --b: #c2410c; }
-@media (prefers-color-scheme: dark) { :root { --a: #7aa7ff; --b: #ff9d6b; } }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.05rem; margin-top: 2rem; }
-table { border-collapse: collapse; } td, th { padding: .25rem .75rem; text-align: right; }
-td:first-child, th:first-child { text-align: left; padding-left: 0; }
-tr { border-bottom: 1px solid var(--line); }
-table.plain td { text-align: left; } code { font-size: .9em; }
-svg { max-width: 100%; height: auto; } svg text { fill: currentColor; font-size: 11px; }
-.grid { stroke: var(--line); } .a { stroke: var(--a); } .b { stroke: var(--b); }
-.a, .b { fill: none; stroke-width: 2; }
-.ka { color: var(--a); } .kb { color: var(--b); }
+$style
 </style>
+</head>
+<body>
+<main>
 <h1>$title</h1>
-<table class="plain">$summary</table>
-<h2>Latency over all requests offered</h2>
-<table>$latencies</table>
-<p>A dash is infinite: so many requests were not answered that this figure falls on one of them.</p>
-<h2>Share of requests answered within a time</h2>
-<p><b class="ka">&#9473;</b> first token &nbsp; <b class="kb">&#9473;</b> whole answer</p>
-$plot
-<h2>Workers</h2>
-<table>$workers</table>
+$body
+</main>
+$library
+<script type="application/json" id="themes">$themes</script>
+<script>
+$script
+</script>
+</body>
 </html>
 """)
 
 
-def render(result: dict[str, Any], latencies: Latencies, title: str) -> str:
-    """The page as text."""
-    offered = result["requests"]
-    return PAGE.substitute(
-        title=escape(title),
-        summary="".join(_row(pair) for pair in summary_rows(result)),
-        latencies=_row(("", *LATENCY_COLUMNS), tag="th")
-        + "".join(
-            _row((name, *(seconds(result[key][column]) for column in LATENCY_COLUMNS)))
-            for key, name in LATENCY_NAMES.items()
-        ),
-        plot=_plot([sorted(latencies.ttft_s), sorted(latencies.e2e_s)], offered),
-        workers=_row(WORKER_COLUMNS, tag="th")
-        + "".join(_row(worker_cells(worker)) for worker in result["workers"]),
-    )
+class Page:
+    """Collects sections from top to bottom; `render` gives the page."""
 
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._parts: list[str] = []
+        self._charts = 0
 
-def _row(cells: Sequence[str], tag: str = "td") -> str:
-    inner = "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells)
-    return f"<tr>{inner}</tr>"
+    def heading(self, text: str) -> None:
+        """Begin a section."""
+        self._parts.append(f"<h2>{escape(text)}</h2>")
 
+    def text(self, text: str) -> None:
+        """A paragraph."""
+        self._parts.append(f"<p>{escape(text)}</p>")
 
-def _plot(curves: list[list[float]], offered: int) -> str:
-    """Two cumulative shares over a logarithmic axis of time, as SVG."""
-    values = [value for curve in curves for value in (curve[:1] + curve[-1:]) if value > 0]
-    if not values:
-        return "<p>No request was answered.</p>"
-    low = math.floor(math.log10(min(values)))
-    high = max(low + 1, math.ceil(math.log10(max(values))))
-
-    def across(value: float) -> float:
-        place = (math.log10(max(value, 10**low)) - low) / (high - low)
-        return LEFT + place * (WIDTH - LEFT - 16)
-
-    def up(part: float) -> float:
-        return 8 + (1 - part) * (HEIGHT - BOTTOM - 8)
-
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="latency distribution">']
-    for power in range(low, high + 1):
-        x = across(10**power)
-        parts.append(f'<path class="grid" d="M{x:.1f} 8V{HEIGHT - BOTTOM}"/>')
-        parts.append(
-            f'<text x="{x:.1f}" y="{HEIGHT - 12}" text-anchor="middle">{10**power:g} s</text>'
+    def answers(self, lines: Sequence[str]) -> None:
+        """Lines of words that matter most; an indented one belongs to the one before."""
+        items = "".join(
+            f'<li class="{"sub" if line.startswith("  ") else "top"}">{escape(line.strip())}</li>'
+            for line in lines
         )
-    for quarter in range(5):
-        y = up(quarter / 4)
-        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - 16}"/>')
-        parts.append(
-            f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{quarter * 25}%</text>'
+        self._parts.append(f'<ul class="answers">{items}</ul>')
+
+    def code(self, text: str) -> None:
+        """Text to be copied."""
+        self._parts.append(f"<pre>{escape(text)}</pre>")
+
+    def table(self, table: Table) -> None:
+        """A table, which scrolls by itself where the window is narrower."""
+        head = "".join(
+            f'<th scope="col"{_kind(index, table)}>{escape(column)}</th>'
+            for index, column in enumerate(table.columns)
         )
-    for name, curve in zip("ab", curves, strict=True):
-        if not curve:
-            continue
-        indexes = sorted({round(step * (len(curve) - 1) / POINTS) for step in range(POINTS + 1)})
-        line = " ".join(f"{across(curve[i]):.1f},{up((i + 1) / offered):.1f}" for i in indexes)
-        parts.append(f'<polyline class="{name}" points="{line}"/>')
-    return "".join(parts) + "</svg>"
+        head = f"<thead><tr>{head}</tr></thead>" if any(table.columns) else ""
+        body = "".join(
+            "<tr>" + "".join(_cell(index, cell, table) for index, cell in enumerate(row)) + "</tr>"
+            for row in table.rows
+        )
+        caption = f"<caption>{escape(table.title)}</caption>" if table.title else ""
+        self._parts.append(
+            '<div class="scroll" tabindex="0" role="region" '
+            f'aria-label="{escape(table.title or "table")}">'
+            f"<table>{caption}{head}<tbody>{body}</tbody></table></div>"
+        )
+
+    def chart(self, chart: Chart, caption: str, *, height: int = 320) -> None:
+        """A chart with words that say what it shows."""
+        self._charts += 1
+        name = f"chart-{self._charts}"
+        self._parts.append(
+            f'<figure><figcaption>{escape(caption)}</figcaption><div class="chart" role="img" '
+            f'aria-label="{escape(caption)}" data-chart="{name}" data-height="{height}"></div>'
+            f'<script type="application/json" id="{name}">{_json(chart)}</script></figure>'
+        )
+
+    def render(self) -> str:
+        """The page as text."""
+        library = ""
+        if self._charts:
+            # Only here: a run that writes no page does not load it.
+            from plotly.offline import get_plotlyjs  # noqa: PLC0415
+
+            library = f"<script>{get_plotlyjs()}</script>"
+        return PAGE.substitute(
+            policy=POLICY,
+            title=escape(self._title),
+            style=(FILES / "page.css").read_text(encoding="utf-8").strip(),
+            body="\n".join(self._parts),
+            library=library,
+            themes=_json(THEMES),
+            script=(FILES / "page.js").read_text(encoding="utf-8").strip(),
+        )
+
+
+def _json(value: Any) -> str:  # noqa: ANN401  (any JSON)
+    """JSON that may stand in a script element: no end tag can occur in it."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
+    return text.replace("<", "\\u003c")
+
+
+def _kind(index: int, table: Table) -> str:
+    return ' class="word"' if index < table.words else ""
+
+
+def _cell(index: int, cell: str, table: Table) -> str:
+    if cell.startswith(BEST):
+        return f"<td{_kind(index, table)}><strong>{escape(cell.removeprefix(BEST))}</strong></td>"
+    return f"<td{_kind(index, table)}>{escape(cell)}</td>"

@@ -16,6 +16,16 @@ from router.core.job import Outcome
 
 PERCENTILES: Final = {"p50": 50, "p90": 90, "p99": 99}
 
+# The shares of a curve: even over the body, finer towards the tail.
+CURVE_SHARES: Final = (
+    *(number / 200 for number in range(1, 199)),
+    0.9925,
+    0.995,
+    0.9975,
+    0.999,
+    1.0,
+)
+
 
 class Slo(msgspec.Struct, frozen=True):
     """What a good answer is, in seconds: time to first token, and mean time between tokens."""
@@ -70,6 +80,13 @@ def distribution(values: Sequence[float], offered: int) -> dict[str, float | Non
         rank = max(1, math.ceil(percent * offered / 100))
         result[name] = ordered[rank - 1] if rank <= len(ordered) else None
     return result
+
+
+def curve(values: Sequence[float], offered: int) -> tuple[float | None, ...]:
+    """The value at each of `CURVE_SHARES` of the requests offered; None is infinite."""
+    ordered = sorted(values)
+    ranks = (max(1, math.ceil(share * offered)) for share in CURVE_SHARES)
+    return tuple(ordered[rank - 1] if rank <= len(ordered) else None for rank in ranks)
 
 
 def outcome_counts(latencies: Latencies, offered: int) -> dict[str, int]:
