@@ -7,14 +7,23 @@ from typing import Final
 from rich.console import Console
 
 from router.config import ConfigError
-from sim.commands import calibrate, compare, convert, generate, recommend, replay, sweep
+from sim.commands import (
+    calibrate,
+    compare,
+    convert,
+    generate,
+    recommend,
+    replay,
+    sweep,
+    validate,
+)
 from sim.fleet import EngineArgumentError
 from sim.latency import CalibrationError
 from sim.pool import PoolError
 from sim.replay import UnknownModelError
 from sim.traces import TraceError
 
-COMMANDS: Final = (replay, compare, sweep, recommend, convert, generate, calibrate)
+COMMANDS: Final = (replay, compare, sweep, recommend, convert, generate, calibrate, validate)
 USER_ERRORS: Final = (
     ConfigError,
     TraceError,
@@ -23,6 +32,7 @@ USER_ERRORS: Final = (
     UnknownModelError,
     PoolError,
     *calibrate.USER_ERRORS,
+    *validate.USER_ERRORS,
     OSError,
 )
 

@@ -1,8 +1,8 @@
 """A machine that several engines share: each slows the others while it works.
 
-The rule: a step takes `1 + contention × others` of its time, `others` being the engines of the host that
-are at work when it begins. Workers with a GPU each share nothing that counts; workers on the cores of
-one CPU share its memory's bandwidth. The calibration says how much (`host_contention`).
+The rule: a step takes `1 + contention × others` of its time, `others` being the engines of the host
+that are at work when it begins. Workers with a GPU each share nothing that counts; workers on the
+cores of one CPU share its memory's bandwidth. The calibration says how much (`host_contention`).
 """
 
 from typing import Final, Protocol

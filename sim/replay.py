@@ -55,6 +55,22 @@ class Options(msgspec.Struct, frozen=True):
     slo: Slo = Slo()
 
 
+class Ended(msgspec.Struct, frozen=True):
+    """How one request ended, for a journal. `number` counts from 1, in order of arrival.
+
+    Times are seconds, None where it was not answered; `evictions` is how many there were so far, in
+    all. `worker` is empty where it had none.
+    """
+
+    number: int
+    outcome: Outcome
+    worker: str
+    use: AdapterUse
+    ttft_s: float | None
+    e2e_s: float | None
+    evictions: int
+
+
 class _WorkerTally(msgspec.Struct):
     requests: int = 0
     hits: int = 0
@@ -72,6 +88,11 @@ class _Ledger:
         self.hash = hashlib.blake2b(digest_size=16)
         self._loop = loop
         self.tally = {worker: _WorkerTally() for worker in workers}
+
+    @property
+    def evictions(self) -> int:
+        """How many there were so far."""
+        return sum(tally.evictions for tally in self.tally.values())
 
     def _now(self) -> str:
         # Every bit of the time: it comes of additions and multiplications, alike on all machines.
@@ -171,7 +192,9 @@ class Replay:
         models: Iterable[str] = (),
         progress: Callable[[int], None] | None = None,
         sampler: Sampler | None = None,
+        journal: Callable[[Ended], None] | None = None,
     ) -> None:
+        self._journal = journal
         self._sampler = sampler
         self._known_models = tuple(models)
         self._config = config
@@ -271,10 +294,11 @@ class Replay:
         """One request, from its arrival to its end."""
         arrived = loop.time()
         self._offered += 1
+        number = self._offered
         try:
             model, adapter = self._resolve(row)
             job = Job(
-                str(self._offered),
+                str(number),
                 adapter,
                 prompt_tokens=row.input_length,
                 max_output_tokens=row.output_length,
@@ -282,10 +306,11 @@ class Replay:
                 priority=row.priority,
             )
             async with model.router.lease(job) as lease:
-                self._uses[lease.use] += 1
-                tally = model.ledger.tally[lease.worker.id]
-                tally.hits += lease.use is AdapterUse.HIT
-                tally.joins += lease.use is AdapterUse.LOADING
+                worker, use = lease.worker, lease.use
+                self._uses[use] += 1
+                tally = model.ledger.tally[worker.id]
+                tally.hits += use is AdapterUse.HIT
+                tally.joins += use is AdapterUse.LOADING
                 done: asyncio.Future[EngineRequest] = loop.create_future()
                 request = EngineRequest(
                     adapter=adapter,
@@ -294,7 +319,7 @@ class Replay:
                     hash_ids=row.hash_ids,
                     on_done=done.set_result,
                 )
-                engine = model.workers.by_id[lease.worker.id].engine
+                engine = model.workers.by_id[worker.id].engine
                 if overhead_s := model.workers.latency.overhead_s:
                     await asyncio.sleep(overhead_s)
                 if fits := engine.fits(request):
@@ -302,23 +327,42 @@ class Replay:
                     await done
             if fits:
                 assert request.first_token is not None
+                ttft_s, e2e_s = request.first_token - arrived, loop.time() - arrived
                 self.latencies.answered(
-                    ttft_s=request.first_token - arrived,
-                    e2e_s=loop.time() - arrived,
+                    ttft_s=ttft_s,
+                    e2e_s=e2e_s,
                     tokens=request.output_tokens,
                     slo=self._options.slo,
                 )
+                if self._journal is not None:
+                    self._journal(
+                        Ended(
+                            number,
+                            Outcome.COMPLETED,
+                            worker.id,
+                            use,
+                            ttft_s,
+                            e2e_s,
+                            model.ledger.evictions,
+                        )
+                    )
             else:
-                self.latencies.lost(Outcome.REFUSED)
+                self._lost(number, Outcome.REFUSED)
         except Rejected as rejected:
             model.ledger.rejected(job, rejected.outcome)
-            self.latencies.lost(rejected.outcome)
+            self._lost(number, rejected.outcome)
         except LoadError:
-            self.latencies.lost(Outcome.LOAD_FAILED)
+            self._lost(number, Outcome.LOAD_FAILED)
         except Exception as error:  # noqa: BLE001  (a fault of the program: it ends the replay)
             self._ended(error)
             return
         self._ended(None)
+
+    def _lost(self, number: int, outcome: Outcome) -> None:
+        self.latencies.lost(outcome)
+        if self._journal is not None:
+            evictions = sum(model.ledger.evictions for model in self._models.values())
+            self._journal(Ended(number, outcome, "", AdapterUse.NONE, None, None, evictions))
 
     def _ended(self, error: Exception | None) -> None:
         self._under_way -= 1

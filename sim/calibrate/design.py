@@ -15,6 +15,9 @@ CONTEXTS: Final = (32, 512, 1536, 6144)
 PROMPTS: Final = (16, 128, 512, 1024, 1900, 4000, 8000)
 DISTINCT: Final = (1, 2, 4, 8, 16, 32)
 LOADS: Final = 5  # of each tier a round
+# One factor is to be told from measurements with busy neighbours, which take the longest: a few do.
+BESIDE_BATCHES: Final = frozenset({1, 4, 8})
+BESIDE_PROMPTS: Final = frozenset({128, 512})
 
 
 class Decode(msgspec.Struct, frozen=True, tag="decode"):
@@ -79,6 +82,7 @@ def points(bounds: Bounds, *, quick: bool) -> list[Point]:
         # Prompts cost time and are not what these points measure: two full steps of them at most.
         and (context == contexts[0] or requests * context <= 2 * bounds.max_num_batched_tokens)
         and (context == contexts[0] or adapters in {0, 1})
+        and not (beside and (context != contexts[0] or requests not in BESIDE_BATCHES))
     ]
     found += [
         Prompt(tokens, adapter, beside)
@@ -86,6 +90,7 @@ def points(bounds: Bounds, *, quick: bool) -> list[Point]:
         if tokens <= longest
         for adapter in ((False, True) if bounds.max_loras else (False,))
         for beside in sides
+        if not (beside and tokens not in BESIDE_PROMPTS)
     ]
     if bounds.max_loras:
         tiers = ("disk", "host") if bounds.host_tier else ("disk",)

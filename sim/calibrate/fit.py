@@ -1,9 +1,10 @@
 """Fit the latency model's coefficients to what was seen, with intervals.
 
-The rule: relative errors, so that short steps count as much as long ones; a loss that grows linearly for
-large errors (`soft_l1`, SciPy's `least_squares`), so that a disturbed measurement pulls little; no
-coefficient below nothing. Intervals are percentiles of a bootstrap over points (Efron and Tibshirani,
-"An Introduction to the Bootstrap", 1993, chapter 13): measurements of one point stay together.
+The rule: relative errors, so that short steps count as much as long ones; a loss that grows
+linearly for large errors (`soft_l1`, SciPy's `least_squares`), so that a disturbed measurement pulls
+little; no coefficient below nothing. Intervals are percentiles of a bootstrap over points (Efron and
+Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13): measurements of one point stay
+together.
 
 NumPy and SciPy come with the extra `calibrate`; nothing else of the simulator needs them.
 """
@@ -33,6 +34,7 @@ START: Final = (5e-3, 1e-2, 1e-3, 1e-7, 1e-5, 1e-9, 1.0, 1.1, 0.01, 0.1)
 ONE: Final = ("prefill_lora_factor", "lora_factor")  # what means nothing is 1 for these, and 0 else
 SMALL_ERROR: Final = 0.05
 RESAMPLES: Final = 200
+LEAST_DISTINCT: Final = 3
 LOWER, UPPER = 2.5, 97.5
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
@@ -67,10 +69,9 @@ def fit(
     Raises `ValueError` where there is too little to fit: fewer than three distinct batch sizes or
     prompts.
     """
-    if (
-        len({one.point.requests for one in steps}) < 3
-        or len({one.point.tokens for one in prompts}) < 3
-    ):  # noqa: PLR2004
+    batches = {one.point.requests for one in steps}
+    lengths = {one.point.tokens for one in prompts}
+    if min(len(batches), len(lengths)) < LEAST_DISTINCT:
         raise ValueError("at least three batch sizes and three prompt lengths have to be measured")
     table, seen = _table(steps, prompts)
     free = _free(table)
@@ -192,6 +193,7 @@ def _solve(
 def _groups(steps: Sequence[StepSeen], prompts: Sequence[PromptSeen]) -> "list[Any]":
     """The rows of each point."""
     by_point: dict[object, list[int]] = {}
-    for row, one in enumerate([*steps, *prompts]):
-        by_point.setdefault(one.point, []).append(row)
+    points: list[object] = [*(one.point for one in steps), *(one.point for one in prompts)]
+    for row, point in enumerate(points):
+        by_point.setdefault(point, []).append(row)
     return [np.array(rows) for rows in by_point.values()]

@@ -15,8 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from engine_worker import protocol
-from engine_worker.protocol import Info
+from engine_worker.protocol import TOKEN_ENV, Info
 from sim.calibrate.design import Bounds, Point, rounds
 from sim.calibrate.measure import Bench, LoadSeen, PromptSeen, Seen, StepSeen
 from sim.calibrate.session import Head, Session, SessionError
@@ -121,7 +120,7 @@ def run(arguments: argparse.Namespace, errors: Console) -> int:
 async def _measure(
     arguments: argparse.Namespace, errors: Console
 ) -> tuple[Info, list[Seen], Session]:
-    token = os.environ.get(protocol.TOKEN_ENV)
+    token = os.environ.get(TOKEN_ENV)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)
     connector = aiohttp.TCPConnector(limit=0)

@@ -1,0 +1,288 @@
+"""`python -m sim validate`: a real router over real workers, and the simulation of what it served."""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import aiohttp
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from router.config import Config, LLMConfig, load
+from sim.commands import arguments as shared
+from sim.report.validation import markdown, print_comparisons
+from sim.validate.compare import Comparison, Figures, compare, figures
+from sim.validate.drive import HTTP_OK, drive
+from sim.validate.record import Served, read_record
+from sim.validate.simulate import simulate
+from sim.validate.workloads import CASES, Case, rows
+
+if TYPE_CHECKING:
+    from sim.commands import Commands
+
+BOOT_TIMEOUT_S: Final = 900
+STOP_TIMEOUT_S: Final = 60
+BETWEEN_S: Final = 3.0
+EVICTIONS: Final = "lorayard_adapter_evictions_total"
+
+
+class ValidateError(Exception):
+    """The real side cannot be run. The message says why."""
+
+
+USER_ERRORS: Final = (ValidateError,)
+
+
+def add(commands: "Commands") -> None:
+    """Describe the command."""
+    command = commands.add_parser(
+        "validate",
+        help="run the real router over real workers and compare the simulator with it",
+        description=(
+            "Start `router serve` with the configuration, send it several workloads twice (steady, "
+            "bursty, more adapters than slots, long prompts), record what became of each request, "
+            "simulate exactly that workload with the configuration's calibration, and print real "
+            "against simulated, with the difference between the two real runs beside it."
+        ),
+        epilog="example: python -m sim validate --config configs/validate.yaml --rate 1",
+    )
+    command.add_argument("--config", type=Path, required=True, metavar="FILE")
+    command.add_argument(
+        "--rate",
+        type=shared.above_zero,
+        default=1.0,
+        metavar="RPS",
+        help="requests a second that the fleet can just bear (default 1)",
+    )
+    command.add_argument(
+        "--requests", type=shared.positive, default=60, metavar="N", help="a workload (default 60)"
+    )
+    command.add_argument("--runs", type=shared.positive, default=2, help="real runs (default 2)")
+    command.add_argument("--seeds", type=shared.positive, default=5, help="simulations (default 5)")
+    command.add_argument("--seed", type=int, default=0, help="of the workloads (default 0)")
+    command.add_argument(
+        "--cases",
+        default=",".join(case.name for case in CASES),
+        help=f"default {','.join(case.name for case in CASES)}",
+    )
+    command.add_argument(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="keep the recording here; where it exists, compare with it instead of running anything",
+    )
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    command.add_argument("--report", type=Path, metavar="FILE.md", help="write a report here")
+    command.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace, errors: Console) -> int:
+    """Run both sides, print, write; return the exit status: 1 where a goal was missed."""
+    config = load(arguments.config)
+    for option, path in (("--json", arguments.json), ("--report", arguments.report)):
+        shared.check_writable(option, path)
+    names = arguments.cases.split(",")
+    cases = [case for case in CASES if case.name in names]
+    if len(cases) != len(names):
+        known = ", ".join(case.name for case in CASES)
+        raise ValidateError(f"--cases {arguments.cases}: known are {known}")
+    if len(config.llm_configs) != 1 or not config.llm_configs[0].slots:
+        raise ValidateError("the configuration has to serve one model, with adapters")
+    record = arguments.record or Path(f"validation-{int(time.time())}.jsonl")
+    evictions_file = record.with_suffix(".evictions.json")
+    if record.exists():
+        errors.print(f"comparing with {record}; nothing is run", highlight=False)
+        evictions = json.loads(evictions_file.read_text(encoding="utf-8"))
+    else:
+        evictions = asyncio.run(_real(arguments, config, cases, record, errors))
+        evictions_file.write_text(json.dumps(evictions), encoding="utf-8")
+    found = _compare(arguments, config, cases, record, evictions, errors)
+    if not arguments.record:
+        record.unlink()
+        evictions_file.unlink()
+    print_comparisons(Console(), found)
+    about = _about(config.llm_configs[0], arguments)
+    if arguments.json is not None:
+        data = {**about, "figures": [msgspec.to_builtins(one) for one in found]}
+        arguments.json.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    if arguments.report is not None:
+        arguments.report.write_text(markdown(found, about, cases), encoding="utf-8")
+    return 0 if all(one.met is not False for one in found) else 1
+
+
+def _label(case: Case, number: int) -> str:
+    return f"{case.name}/{number}"
+
+
+def _compare(
+    arguments: argparse.Namespace,
+    config: Config,
+    cases: Sequence[Case],
+    record: Path,
+    evictions: dict[str, int],
+    errors: Console,
+) -> list[Comparison]:
+    served = [one for one in read_record(record) if one.label]
+    with errors.status("simulating"):
+        simulations = [
+            simulate(config, served, config.router.policy, seed) for seed in range(arguments.seeds)
+        ]
+    found: list[Comparison] = []
+    for case in cases:
+        real: list[Figures] = []
+        simulated: list[Figures] = []
+        for number in range(arguments.runs):
+            label = _label(case, number)
+            real.append(figures(_of(served, label), evictions[label]))
+            simulated += [
+                figures(_of(one.served, label), one.evictions[label]) for one in simulations
+            ]
+        found += compare(case.name, real, simulated)
+    return found
+
+
+def _of(served: Sequence[Served], label: str) -> list[Served]:
+    return [one for one in served if one.label == label]
+
+
+# The real side.
+
+
+async def _real(
+    arguments: argparse.Namespace,
+    config: Config,
+    cases: Sequence[Case],
+    record: Path,
+    errors: Console,
+) -> dict[str, int]:
+    llm = config.llm_configs[0]
+    evictions: dict[str, int] = {}
+    async with _router(arguments.config, config, record, errors) as (client, url):
+        names = await _adapters(client, url, llm.model_id)
+        slots = llm.slots * llm.replicas
+        plan: list[tuple[str, list[Any]]] = []
+        for number in range(arguments.runs):
+            for case in cases:
+                if len(names) < round(case.adapters * slots):
+                    raise ValidateError(
+                        f"the store has {len(names)} adapters, and `{case.name}` takes "
+                        f"{round(case.adapters * slots)}"
+                    )
+                made = rows(
+                    case,
+                    base=llm.model_id,
+                    names=names,
+                    slots=slots,
+                    rate=arguments.rate,
+                    requests=arguments.requests,
+                    seed=arguments.seed,
+                )
+                plan.append((_label(case, number), made))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=errors, transient=True) as progress:
+            task = progress.add_task("serving", total=sum(len(made) for _, made in plan))
+            before = await _metric(client, url, EVICTIONS)
+            for label, made in plan:
+                progress.update(task, description=f"serving {label}")
+                failed = await drive(
+                    client,
+                    url,
+                    made,
+                    label,
+                    seed=label,
+                    progress=lambda: progress.advance(task),
+                )
+                if failed:
+                    errors.print(f"{label}: {failed} requests were not answered", style="yellow")
+                after = await _metric(client, url, EVICTIONS)
+                evictions[label], before = after - before, after
+                await asyncio.sleep(BETWEEN_S)
+    return evictions
+
+
+@contextlib.asynccontextmanager
+async def _router(
+    path: Path, config: Config, record: Path, errors: Console
+) -> AsyncIterator[tuple[aiohttp.ClientSession, str]]:
+    """`router serve` as a process of its own, from its start to its clean end."""
+    url = f"http://{config.router.host}:{config.router.port}"
+    log = record.with_suffix(".log")
+    with log.open("wb") as out:
+        process = subprocess.Popen(  # noqa: S603, ASYNC220  (our own program; once)
+            [sys.executable, "-m", "router", "serve", str(path), "--record", str(record)],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+        )
+    timeout = aiohttp.ClientTimeout(total=None, connect=10)
+    connector = aiohttp.TCPConnector(limit=0)
+    try:
+        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as client:
+            with errors.status("the router's workers boot"):
+                deadline = time.monotonic() + BOOT_TIMEOUT_S
+                while not await _ready(client, url):
+                    if process.poll() is not None or time.monotonic() > deadline:
+                        raise ValidateError(f"the router did not come up; see {log}")
+                    await asyncio.sleep(0.5)
+            yield client, url
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        try:
+            await asyncio.to_thread(process.wait, STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+async def _ready(client: aiohttp.ClientSession, url: str) -> bool:
+    try:
+        async with client.get(f"{url}/ready") as answer:
+            return answer.status == HTTP_OK
+    except aiohttp.ClientError:
+        return False
+
+
+async def _adapters(client: aiohttp.ClientSession, url: str, base: str) -> list[str]:
+    async with client.get(f"{url}/v1/models") as answer:
+        served = msgspec.json.decode(await answer.read())
+    ids = [str(one["id"]) for one in served["data"]]
+    return sorted(name.partition(":")[2] for name in ids if name.startswith(f"{base}:"))
+
+
+async def _metric(client: aiohttp.ClientSession, url: str, name: str) -> int:
+    async with client.get(f"{url}/metrics") as answer:
+        text = await answer.text()
+    values = [line.rpartition(" ")[2] for line in text.splitlines() if line.startswith(name)]
+    return int(sum(float(value) for value in values))
+
+
+def _about(llm: LLMConfig, arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "command": shlex.join(["python", "-m", "sim", *sys.argv[1:]]),
+        "date": datetime.now(tz=UTC).date().isoformat(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "model": llm.model_id,
+        "workers": llm.replicas,
+        "slots": llm.slots,
+        "calibration": llm.calibration,
+        "runs": arguments.runs,
+        "simulations": arguments.seeds,
+    }
