@@ -9,7 +9,7 @@ from pathlib import Path
 
 from engine_worker.lifeline import guard
 from engine_worker.options import WorkerOptions
-from engine_worker.protocol import TOKEN_ENV
+from engine_worker.protocol import CORES_ENV, TOKEN_ENV
 
 
 def parser() -> argparse.ArgumentParser:
@@ -71,6 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     local = arguments.uds is not None or arguments.host in {"127.0.0.1", "::1", "localhost"}
     if token is None and not local:
         top.error(f"--host {arguments.host} is reachable from outside: set {TOKEN_ENV}")
+    if cores := os.environ.get(CORES_ENV):
+        os.sched_setaffinity(0, [int(core) for core in cores.split(",")])
     options = WorkerOptions(
         engine=arguments.engine,
         model=arguments.model,

@@ -313,8 +313,12 @@ class EmulatedWorker:
         if body.prompt is None:
             raise WorkerError(400, "`prompt` is missing")
         tokens = body.max_tokens or 16
-        prompt = str(body.prompt)
-        return await self._generate(request, body, adapter, weights, prompt, tokens, chat=False)
+        given = body.prompt
+        length = len(given) if is_token_ids(given) else None
+        prompt = str(given)
+        return await self._generate(
+            request, body, adapter, weights, prompt, tokens, chat=False, prompt_tokens=length
+        )
 
     async def _embeddings(self, request: web.Request) -> web.Response:
         body, adapter, _ = await self._read(request)
@@ -389,10 +393,12 @@ class EmulatedWorker:
         tokens: int,
         *,
         chat: bool,
+        prompt_tokens: int | None = None,
     ) -> web.StreamResponse:
         model = body.model or self._model_id
         pieces = answer_words(model, weights, prompt, tokens)
-        prompt_tokens = count_tokens(prompt)
+        if prompt_tokens is None:
+            prompt_tokens = count_tokens(prompt)
         usage = {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": tokens,
@@ -444,6 +450,11 @@ def answer_words(model: str, weights: str, prompt: str, tokens: int) -> list[str
     pieces = [f"[emulated {model}]"]
     pieces += [f" {WORDS[(seed[i % 32] + i // 32) % len(WORDS)]}" for i in range(1, tokens)]
     return pieces[:tokens]
+
+
+def is_token_ids(prompt: object) -> bool:
+    """Whether a prompt is given as token ids: its length is then exact."""
+    return isinstance(prompt, list) and all(isinstance(one, int) for one in prompt)
 
 
 def count_tokens(text: str) -> int:

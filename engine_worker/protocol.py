@@ -26,6 +26,8 @@ LOAD: Final = f"{PREFIX}/load"
 UNLOAD: Final = f"{PREFIX}/unload"
 HEALTH: Final = "/health"
 TOKEN_ENV: Final = "LORAYARD_WORKER_TOKEN"  # noqa: S105  (the name of a variable)
+# The cores that a worker may use, as numbers with commas between; all where it is not set.
+CORES_ENV: Final = "LORAYARD_WORKER_CORES"
 # Names the version of the adapter that a request is for, where a worker holds several of one name.
 VERSION_HEADER: Final = "X-Lorayard-Adapter-Version"
 BUSY_PERIOD_S: Final = 0.05

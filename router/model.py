@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from urllib.parse import quote
@@ -17,6 +16,7 @@ from router.core.job import AdapterRef
 from router.core.policies import POLICIES
 from router.core.router import Router
 from router.telemetry.metrics import Metrics
+from router.workers.devices import NOTHING, Machine
 from router.workers.pool import WorkerPool
 
 log = logging.getLogger("lorayard")
@@ -30,8 +30,8 @@ class ModelService:
         llm: LLMConfig,
         config: RouterConfig,
         metrics: Metrics,
-        gpus: Sequence[str] = (),
-        first_gpu: int = 0,
+        machine: Machine = NOTHING,
+        first_place: int = 0,
     ) -> None:
         self.llm = llm
         self.model_id = llm.model_id
@@ -54,8 +54,8 @@ class ModelService:
             log_dir=Path(config.log_dir) if config.log_dir else cache_dir / "logs",
             catalog=self.catalog,
             cache=self._cache,
-            gpus=gpus,
-            first_gpu=first_gpu,
+            machine=machine,
+            first_place=first_place,
         )
         fleet = Fleet(llm.model_id)
         self.router = Router(

@@ -20,7 +20,7 @@ from router.frontend.auth import Keys
 from router.model import ModelService
 from router.telemetry.metrics import Metrics
 from router.telemetry.recorder import Recorder
-from router.workers.devices import gpus_per_worker, visible_devices
+from router.workers.devices import gpus_per_worker, this_machine
 
 log = logging.getLogger("lorayard")
 
@@ -52,11 +52,12 @@ async def serve(config: Config) -> None:
     try:
         if settings.record is not None:
             recorder = Recorder.open(settings.record, metrics)
-        gpus = visible_devices()
-        first_gpu = 0
+        machine = this_machine(config.llm_configs)
+        place = 0
         for llm in config.llm_configs:
-            models.append(ModelService(llm, settings, metrics, gpus, first_gpu))
-            first_gpu += llm.replicas * gpus_per_worker(llm)
+            models.append(ModelService(llm, settings, metrics, machine, place))
+            if llm.engine == "vllm":
+                place += llm.replicas * gpus_per_worker(llm)
         frontend = Frontend(models, settings, metrics, keys, recorder)
         runner = web.AppRunner(
             frontend.application(),

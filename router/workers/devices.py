@@ -1,19 +1,42 @@
-"""Which GPUs a worker gets: each its own, in turn, and shared only where there are too few.
+"""Which GPUs, or which cores, a worker gets: its own, in turn, and shared only where there are too few.
 
 vLLM takes the first GPUs that it sees, so two workers of one machine would take the same. A worker
-sees only those that `CUDA_VISIBLE_DEVICES` names, and that is what is set for it. A machine without
-NVIDIA GPUs is left alone.
+sees only those that `CUDA_VISIBLE_DEVICES` names, and that is what is set for it. On a machine without
+GPUs it is the cores that are shared out: an engine's processes wait for each other by spinning, and
+would take the time of another engine's.
 """
 
 import os
 import shutil
 import subprocess
 from collections.abc import Sequence
+from typing import Final
 
+import msgspec
+
+from engine_worker.protocol import CORES_ENV
 from router.config import LLMConfig
 
 QUERY = ("nvidia-smi", "--query-gpu=index", "--format=csv,noheader")
 QUERY_TIMEOUT_S = 10
+
+
+class Machine(msgspec.Struct, frozen=True):
+    """What this machine has for its workers, and for how many places in all it has to last."""
+
+    gpus: tuple[str, ...] = ()
+    cores: tuple[int, ...] = ()
+    places: int = 0
+
+
+NOTHING: Final = Machine()
+
+
+def this_machine(llms: Sequence[LLMConfig]) -> Machine:
+    """Look at what the machine has, for the workers of these models."""
+    cores = tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
+    places = sum(llm.replicas * gpus_per_worker(llm) for llm in llms if llm.engine == "vllm")
+    return Machine(visible_devices(), cores, places)
 
 
 def visible_devices() -> tuple[str, ...]:
@@ -43,9 +66,19 @@ def gpus_per_worker(llm: LLMConfig) -> int:
     return int(kwargs.get("tensor_parallel_size", 1)) * int(kwargs.get("pipeline_parallel_size", 1))
 
 
-def device_environment(llm: LLMConfig, first: int, visible: Sequence[str]) -> dict[str, str]:
-    """The environment that gives a worker its GPUs; empty where there are none to give."""
-    if llm.engine != "vllm" or not visible:
+def device_environment(llm: LLMConfig, first: int, machine: Machine) -> dict[str, str]:
+    """The environment that gives a worker its GPUs or cores, beginning at place `first`.
+
+    Empty where there is nothing to share out: another engine than vLLM, fewer cores than places.
+    """
+    if llm.engine != "vllm":
         return {}
-    count = min(gpus_per_worker(llm), len(visible))
-    return {"CUDA_VISIBLE_DEVICES": ",".join(devices_of(first, count, visible))}
+    places = gpus_per_worker(llm)
+    if machine.gpus:
+        count = min(places, len(machine.gpus))
+        return {"CUDA_VISIBLE_DEVICES": ",".join(devices_of(first, count, machine.gpus))}
+    share = len(machine.cores) // machine.places if machine.places else 0
+    if not share:
+        return {}
+    own = machine.cores[first * share : (first + places) * share]
+    return {CORES_ENV: ",".join(str(core) for core in own)}

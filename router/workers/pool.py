@@ -13,7 +13,6 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -35,7 +34,7 @@ from router.workers.client import (
     read_info,
     served_models,
 )
-from router.workers.devices import device_environment, gpus_per_worker
+from router.workers.devices import NOTHING, Machine, device_environment, gpus_per_worker
 from router.workers.process import WorkerProcess
 
 log = logging.getLogger("lorayard.workers")
@@ -50,7 +49,7 @@ SOCKET_PATH_MAX: Final = 100  # the kernel's limit is 108 bytes, 104 elsewhere
 class WorkerPool:
     """Workers of one model, and the core's `Loader` for them.
 
-    `gpus` are this machine's, and the first worker gets those from number `first_gpu` on.
+    `machine` is shared out among its workers, and the first one here gets place `first_place`.
     """
 
     def __init__(
@@ -61,11 +60,11 @@ class WorkerPool:
         log_dir: Path,
         catalog: AdapterCatalog | None,
         cache: AdapterCache | None,
-        gpus: Sequence[str] = (),
-        first_gpu: int = 0,
+        machine: Machine = NOTHING,
+        first_place: int = 0,
     ) -> None:
-        self._gpus = gpus
-        self._first_gpu = first_gpu
+        self._machine = machine
+        self._first_place = first_place
         self._llm = llm
         self._config = config
         self._log_dir = log_dir
@@ -96,8 +95,8 @@ class WorkerPool:
             if attached:
                 life = self._live_attached(worker_id, self._llm.attach[number], first)
             else:
-                place = self._first_gpu + number * gpus_per_worker(self._llm)
-                devices = device_environment(self._llm, place, self._gpus)
+                place = self._first_place + number * gpus_per_worker(self._llm)
+                devices = device_environment(self._llm, place, self._machine)
                 life = self._live_launched(worker_id, devices, first)
             task = loop.create_task(life, name=f"worker {worker_id}")
             task.add_done_callback(partial(self._life_ended, first))

@@ -12,12 +12,13 @@ import msgspec
 DECODE_TOKENS: Final = 24
 BATCHES: Final = (1, 2, 4, 8, 16, 32, 64, 128)
 CONTEXTS: Final = (32, 512, 1536, 6144)
-PROMPTS: Final = (16, 128, 512, 1024, 1900, 4000, 8000)
+PROMPTS: Final = (16, 64, 256, 512, 1024, 2000, 4000, 8000)
 DISTINCT: Final = (1, 2, 4, 8, 16, 32)
 LOADS: Final = 5  # of each tier a round
+PROMPT_REPEATS: Final = 2  # a prompt is one measurement, a batch several
 # One factor is to be told from measurements with busy neighbours, which take the longest: a few do.
 BESIDE_BATCHES: Final = frozenset({1, 4, 8})
-BESIDE_PROMPTS: Final = frozenset({128, 512})
+BESIDE_PROMPTS: Final = frozenset({64, 512})
 
 
 class Decode(msgspec.Struct, frozen=True, tag="decode"):
@@ -87,6 +88,7 @@ def points(bounds: Bounds, *, quick: bool) -> list[Point]:
     found += [
         Prompt(tokens, adapter, beside)
         for tokens in PROMPTS[:: 2 if quick else 1]
+        for _ in range(PROMPT_REPEATS)
         if tokens <= longest
         for adapter in ((False, True) if bounds.max_loras else (False,))
         for beside in sides

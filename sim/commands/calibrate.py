@@ -40,7 +40,8 @@ def add(commands: "Commands") -> None:
             "Drive a running engine worker (or a stock vLLM server) through a designed set of batch "
             "sizes, context lengths, adapters, prompts and loads, fit the latency model by robust "
             "regression, and write a calibration file. The engine should serve nobody else "
-            "meanwhile. An interrupted run goes on where it ended when it is started again."
+            "meanwhile. What was seen is kept beside the calibration: an interrupted run goes on "
+            "where it ended when it is started again, and a finished one is only fitted again."
         ),
         epilog=(
             "example: python -m engine_worker --model my-model --port 9001 --engine-kwargs "
@@ -94,7 +95,7 @@ def run(arguments: argparse.Namespace, errors: Console) -> int:
         raise TargetError(
             f"{error.name} is not installed; calibrate needs: pip install 'lorayard[calibrate]'"
         ) from None
-    info, seen, session = asyncio.run(_measure(arguments, errors))
+    info, seen = asyncio.run(_measure(arguments, errors))
     steps = [one for one in seen if isinstance(one, StepSeen)]
     prompts = [one for one in seen if isinstance(one, PromptSeen)]
     loads = [one for one in seen if isinstance(one, LoadSeen)]
@@ -109,7 +110,6 @@ def run(arguments: argparse.Namespace, errors: Console) -> int:
     )
     data = msgspec.json.format(msgspec.json.encode(written), indent=2)
     arguments.out.write_bytes(data + b"\n")
-    session.path.unlink()
     _print(Console(), written, found)
     errors.print(
         f"written to {arguments.out}; use it as `calibration: {arguments.out}`", highlight=False
@@ -117,9 +117,7 @@ def run(arguments: argparse.Namespace, errors: Console) -> int:
     return 0
 
 
-async def _measure(
-    arguments: argparse.Namespace, errors: Console
-) -> tuple[Info, list[Seen], Session]:
+async def _measure(arguments: argparse.Namespace, errors: Console) -> tuple[Info, list[Seen]]:
     token = os.environ.get(TOKEN_ENV)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)
@@ -140,9 +138,13 @@ async def _measure(
             )
         todo = rounds(_bounds(target, beside), arguments.rounds, quick=arguments.quick)
         head = Head(info, arguments.rounds, arguments.quick, len(beside))
-        session = Session(arguments.out.with_suffix(".partial.jsonl"), head)
+        session = Session(arguments.out.with_suffix(".observations.jsonl"), head)
         if session.done:
-            errors.print(f"going on after {len(session.done)} points of {len(todo)}")
+            errors.print(
+                f"{len(session.done)} of {len(todo)} points are in {session.path} already; remove "
+                "it to measure anew",
+                highlight=False,
+            )
         path = str(arguments.adapter.resolve()) if arguments.adapter else None
         bench = Bench(target, beside, path)
         try:
@@ -151,7 +153,7 @@ async def _measure(
             raise TargetError(f"{target.url}: {error}; start again to go on from here") from None
         finally:
             await bench.close()
-        return info, session.seen, session
+        return info, session.seen
 
 
 async def _run(bench: Bench, todo: list[Point], session: Session, errors: Console) -> None:
