@@ -1,6 +1,7 @@
-"""How fast the simulator is: requests a second on one core, and memory, on a real trace and a long one.
+"""How fast the simulator is on one core, and how much memory it takes: real traces and long ones.
 
-The long trace is the real one again and again, one after the other, so that its load is the same.
+The long traces are the Azure one again and again, one after the other, so that their load is the same and
+the cost of a request can be compared between 10,000 and 1,000,000 of them.
 """
 
 import json
@@ -8,66 +9,91 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.support import ROOT, parser, report, spread
 from sim.traces import read
 
-AZURE = ROOT.parent / "shared" / "data" / "azure_llm_2023_conv.csv"
+DATA = ROOT.parent / "shared" / "data"
+AZURE = DATA / "azure_llm_2023_conv.csv"
+MOONCAKE = DATA / "mooncake_conversation.jsonl"
+LONG = (10_000, 100_000, 1_000_000)
+
+
+class Case(NamedTuple):
+    """One measurement: a trace, and how it is replayed."""
+
+    title: str
+    trace: Path
+    arguments: tuple[str, ...]
+    rounds: int
 
 
 def main() -> None:
     """Replay in processes of their own, so that each reports its own memory."""
     top = parser("simulator_speed", __doc__.partition("\n")[0])
-    top.add_argument("--trace", type=Path, default=AZURE)
-    top.add_argument("--long", type=int, default=200_000, help="requests of the long trace")
     arguments = top.parse_args()
+    eight = ("--adapters", "200", "--workers", "8")
     rows, data = [], []
     with tempfile.TemporaryDirectory() as name:
-        long = Path(name) / "long.jsonl"
-        repeat(arguments.trace, long, arguments.long)
-        for title, path, workers, rounds in (
-            (f"{arguments.trace.name}, 8 workers", arguments.trace, 8, arguments.rounds),
-            (f"{arguments.trace.name}, 4 workers", arguments.trace, 4, arguments.rounds),
-            (f"the same {arguments.long:,} long, 8 workers", long, 8, 1),
-        ):
-            results = [replay(path, workers, Path(name)) for _ in range(rounds)]
+        folder = Path(name)
+        cases = [
+            Case("Azure, 200 adapters, 8 workers", AZURE, eight, arguments.rounds),
+            Case(
+                "Mooncake, prefix caching, 4 workers",
+                MOONCAKE,
+                ("--workers", "4"),
+                arguments.rounds,
+            ),
+        ]
+        for count in LONG:
+            long = folder / f"long-{count}.jsonl"
+            repeat(AZURE, long, count)
+            rounds = 1 if count == max(LONG) else arguments.rounds
+            cases.append(Case(f"Azure, {count:,} requests, 8 workers", long, eight, rounds))
+        for case in cases:
+            results = [replay(case, folder) for _ in range(case.rounds)]
             speed = spread([result["sim"]["requests_per_wall_s"] for result in results])
             rss = max(result["sim"]["peak_rss_mib"] for result in results)
+            wall_s = spread([result["sim"]["wall_s"] for result in results])
             assert len({result["digest"] for result in results}) == 1
             rows.append(
                 (
-                    title,
+                    case.title,
                     f"{results[0]['requests']:,}",
                     f"{speed['median']:,.0f}",
                     f"{speed['min']:,.0f} to {speed['max']:,.0f}",
+                    f"{wall_s['median']:.2f} s",
                     f"{rss:.0f} MiB",
                 )
             )
             data.append(
                 {
-                    "case": title,
+                    "case": case.title,
                     "requests": results[0]["requests"],
                     "requests_per_wall_s": speed,
+                    "wall_s": wall_s,
                     "peak_rss_mib": rss,
                     "digest": results[0]["digest"],
                 }
             )
     report(
-        "Simulated requests a second, 200 adapters, one core",
-        ("trace", "requests", "a second", "least to most", "memory"),
+        "Simulated requests a second, one core",
+        ("trace", "requests", "a second", "least to most", "took", "memory"),
         rows,
         arguments.json,
         data,
     )
 
 
-def replay(path: Path, workers: int, folder: Path) -> dict[str, Any]:
+def replay(case: Case, folder: Path) -> dict[str, Any]:
     """One replay in a process of its own."""
     out = folder / "out.json"
-    arguments = ["--adapters", "200", "--seed", "1", "--workers", str(workers), "--json", str(out)]
     subprocess.run(
-        [sys.executable, "-m", "sim", "replay", str(path), *arguments],
+        [
+            *(sys.executable, "-m", "sim", "replay", str(case.trace)),
+            *(*case.arguments, "--seed", "1", "--json", str(out)),
+        ],
         cwd=ROOT,
         check=True,
         capture_output=True,

@@ -179,6 +179,8 @@ class SimEngine:
     it is off where every token must be seen in its time.
     """
 
+    running: int  # requests in the batch
+
     def __init__(
         self,
         env: Environment,
@@ -211,6 +213,7 @@ class SimEngine:
             segment_tokens=segment_tokens,
         )
         self._rank = env.next_rank()
+        self._block_size: Final = limits.block_size
         self._on_change = on_change
         self._jump = jump
         self._waiting: deque[EngineRequest] = deque()
@@ -218,7 +221,7 @@ class SimEngine:
         self._grows = [0] * limits.block_size  # who decodes, by the tick at which a block is needed
         self._context = 0  # tokens that the decoding requests read in the coming step
         self._prefilling: list[EngineRequest] = []  # the last of them may take several steps
-        self._running = 0
+        self.running = 0
         self._batch_adapters: dict[Hashable, int] = {}
         self._loads: deque[_Load] = deque()
         self._installed: list[_Load] = []  # in their slots; their callers do not know it yet
@@ -238,11 +241,6 @@ class SimEngine:
         self._chunks: list[tuple[EngineRequest, int]] = []
 
     # What a worker reports.
-
-    @property
-    def running(self) -> int:
-        """Requests in the batch."""
-        return self._running
 
     @property
     def waiting(self) -> int:
@@ -351,8 +349,7 @@ class SimEngine:
         """How many steps of this span have ended by now. Their last boundary may be this moment."""
         now = self.env.now
         # A boundary at this very moment has passed if one of a later rank was reached in it.
-        moment, rank = self.env.passed
-        passed_now = moment == now and rank > self._rank
+        passed_now = self.env.passed_at == now and self.env.passed_rank > self._rank
         left_ps = round((now - self._since) / PICOSECOND) - self._elapsed_ps
         first, rise = self._first_ps, self._rise_ps
         if rise:
@@ -378,8 +375,8 @@ class SimEngine:
             return
         env = self.env
         now = env.now
-        moment, rank = env.passed
-        env.passed = (now, max(rank, self._rank) if moment == now else self._rank)
+        if env.passed_at != now or env.passed_rank < self._rank:
+            env.passed_at, env.passed_rank = now, self._rank
         doing, self._doing = self._doing, _Doing.WAKING
         match doing:
             case _Doing.STEPPING:
@@ -412,7 +409,7 @@ class SimEngine:
             self._install(self._loads.popleft())
         if self._aborted:
             self._drop_aborted()
-        if not (self._running or self._waiting):
+        if not (self.running or self._waiting):
             self._doing = _Doing.IDLE
             self._due = None
             if self._host is not None:
@@ -430,10 +427,10 @@ class SimEngine:
         preempted = False
         decoding = len(self._decoding)
         budget = limits.max_num_batched_tokens - decoding
-        growth = self._grows[self._tick % limits.block_size]
-        partial = self._prefilling[0] if self._prefilling else None
+        growth = self._grows[self._tick % self._block_size]
         wanted = 0
-        if partial is not None:
+        if self._prefilling:
+            partial = self._prefilling[0]
             wanted = self._blocks_wanted(partial, min(budget, partial.target - partial.computed))
         if growth + wanted > kv.free:
             preempted = True
@@ -443,7 +440,7 @@ class SimEngine:
         elif growth:
             kv.take(growth)
         stall_ps = tokens = pairs = 0
-        if not self._running:  # nothing was planned ahead
+        if not self.running:  # nothing was planned ahead
             for request in self._waiting:
                 request.ready_step = self._tick
         if self._prefilling:
@@ -452,7 +449,7 @@ class SimEngine:
             more, more_pairs, stall_ps = self._admit(budget - tokens)
             tokens += more
             pairs += more_pairs
-        running, adapters = self._running, len(self._batch_adapters)
+        running, adapters = self.running, len(self._batch_adapters)
         latency = self.latency
         requests_ps, context_ps = latency.decode_ps(running, adapters), latency.context_ps
         prompts_ps = latency.prefill_ps(tokens, pairs, adapters) if chunks else 0
@@ -478,7 +475,7 @@ class SimEngine:
             if request.ready_step <= self._tick:
                 break
             steps = min(steps, request.ready_step - self._tick)
-        size, free = self.limits.block_size, self.kv.free
+        size, free = self._block_size, self.kv.free
         # The first step's blocks are taken already.
         if len(self._decoding) * ((steps - 1) // size + 1) <= free:
             return steps
@@ -495,7 +492,7 @@ class SimEngine:
 
     def _growth(self, tick: int, steps: int) -> int:
         """Blocks that decoding takes in `steps` steps from `tick` on."""
-        size, grows = self.limits.block_size, self._grows
+        size, grows = self._block_size, self._grows
         rounds, rest = divmod(steps, size)
         blocks = rounds * len(self._decoding)
         if rest:
@@ -532,7 +529,7 @@ class SimEngine:
         limits, kv, waiting, batch = self.limits, self.kv, self._waiting, self._batch_adapters
         passed: list[EngineRequest] = []
         tokens = pairs = stall_ps = 0
-        while waiting and tokens < budget and self._running < limits.max_num_seqs:
+        while waiting and tokens < budget and self.running < limits.max_num_seqs:
             request = waiting[0]
             if request.ready_step > self._tick:
                 break
@@ -556,7 +553,7 @@ class SimEngine:
             elif wanted > kv.free:
                 break
             waiting.popleft()
-            self._running += 1
+            self.running += 1
             self._order += 1
             request.order = self._order
             if adapter is not None:
@@ -568,7 +565,7 @@ class SimEngine:
             pairs += more_pairs
         if passed:
             waiting.extendleft(reversed(passed))
-        self.counters.running_peak = max(self.counters.running_peak, self._running)
+        self.counters.running_peak = max(self.counters.running_peak, self.running)
         return tokens, pairs, stall_ps
 
     def _advance(self) -> None:
@@ -613,7 +610,7 @@ class SimEngine:
         request.join_tick = self._tick
         request.end_tick = self._tick + request.output_tokens - generated
         heapq.heappush(self._decoding, (request.end_tick, request.order, request))
-        self._grows[(self._tick - request.target) % self.limits.block_size] += 1
+        self._grows[(self._tick - request.target) % self._block_size] += 1
         self._context += request.target + 1
 
     def _finish(self, request: EngineRequest) -> None:
@@ -625,14 +622,14 @@ class SimEngine:
 
     def _leave_batch(self, request: EngineRequest, *, park: bool = False) -> None:
         """Give back what it holds; it is in none of the lists any more."""
-        self._running -= 1
+        self.running -= 1
         request.order = 0
         computed = request.computed
         if request.join_tick >= 0:
             decoded = self._tick - request.join_tick
             computed = request.target + decoded
             self._context -= computed + 1
-            self._grows[(request.join_tick - request.target) % self.limits.block_size] -= 1
+            self._grows[(request.join_tick - request.target) % self._block_size] -= 1
             holding = request.holding
             holding.private = self.kv.blocks_for(computed) - holding.shared
         self.kv.release(request.holding, tokens=computed, park=park)
@@ -653,7 +650,7 @@ class SimEngine:
         The blocks of those who decode are taken here. A prompt under way is the last of the running,
         so it is the first to go.
         """
-        kv, size, tick = self.kv, self.limits.block_size, self._tick
+        kv, size, tick = self.kv, self._block_size, self._tick
         running = sorted((item[2] for item in self._decoding), key=lambda item: item.order)
         running.extend(self._prefilling)
         index = 0
@@ -754,7 +751,7 @@ class SimEngine:
         if load.adapter not in self.gpu:
             self.counters.loads += 1
         self._bring(load.adapter)
-        if self._running:
+        if self.running:
             self._installed.append(load)
         else:
             load.done.succeed()

@@ -31,11 +31,12 @@ class Moment(simpy.Event):
 
 
 class Environment(simpy.Environment):
-    """Virtual time. `passed` is the last boundary that was reached, as its moment and its rank."""
+    """Virtual time. `passed_at` is when a boundary was last reached, `passed_rank` the last one then."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.passed: tuple[float, int] = (-1.0, 0)
+        self.passed_at = -1.0
+        self.passed_rank = 0
         self._ranks = FIRST_RANK
 
     def next_rank(self) -> int:

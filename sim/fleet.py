@@ -84,9 +84,17 @@ class SimWorker:
         latency: LatencyModel,
         limits: EngineLimits,
         host: Host,
+        hash_block_tokens: int,
     ) -> None:
         self.worker = worker
-        self.engine = SimEngine(env, latency, limits, host=host, on_change=self._changed)
+        self.engine = SimEngine(
+            env,
+            latency,
+            limits,
+            host=host,
+            segment_tokens=hash_block_tokens,
+            on_change=self._changed,
+        )
         self.reports: Reports | None = None
         self._said = Report()
 
@@ -113,12 +121,12 @@ class SimWorker:
 class SimWorkers:
     """The workers of one model, by id, and the `Loader` for them. All share one host."""
 
-    def __init__(self, loop: SimLoop, llm: LLMConfig, count: int) -> None:
+    def __init__(self, loop: SimLoop, llm: LLMConfig, count: int, hash_block_tokens: int) -> None:
         self._loop = loop
         self.latency, limits = engine_model(llm)
         host = Host(self.latency.calibration.host_contention.value)
         self.by_id = {
-            worker.id: SimWorker(loop.env, worker, self.latency, limits, host)
+            worker.id: SimWorker(loop.env, worker, self.latency, limits, host, hash_block_tokens)
             for worker in (
                 Worker(
                     f"{llm.model_id}-{number}",

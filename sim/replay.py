@@ -27,7 +27,7 @@ from sim.fleet import Reports, SimWorkers
 from sim.loop import RanDryError, SimLoop
 from sim.report.summary import Latencies, Slo, latency_figures, outcome_counts
 from sim.report.timeline import Sampler
-from sim.traces import TraceRow
+from sim.traces import HASH_BLOCK, TraceRow
 from sim.workload import AdapterDraw
 
 PROGRESS_EVERY: Final = 512
@@ -42,7 +42,11 @@ class UnknownModelError(Exception):
 
 
 class Options(msgspec.Struct, frozen=True):
-    """What a replay may vary. `speed` 2 lets requests come twice as fast as in the trace."""
+    """What a replay may vary. `speed` 2 lets requests come twice as fast as in the trace.
+
+    `staleness_s` is how late the router hears of a worker's change, in seconds; `hash_block_tokens` how
+    many tokens of a prompt one of the trace's hash ids stands for.
+    """
 
     policy: str = "affinity"
     seed: int = 0
@@ -52,6 +56,7 @@ class Options(msgspec.Struct, frozen=True):
     zipf: float = 1.0
     speed: float = 1.0
     staleness_s: float = STALENESS_S
+    hash_block_tokens: int = HASH_BLOCK
     slo: Slo = Slo()
 
 
@@ -135,7 +140,9 @@ class _Model:
 
     def __init__(self, loop: SimLoop, llm: LLMConfig, config: Config, options: Options) -> None:
         self.llm = llm
-        self.workers = SimWorkers(loop, llm, options.workers or llm.replicas)
+        self.workers = SimWorkers(
+            loop, llm, options.workers or llm.replicas, options.hash_block_tokens
+        )
         self.ledger = _Ledger(loop, self.workers.by_id)
         policy = POLICIES[options.policy]
 

@@ -10,7 +10,7 @@ from router.config import ConfigError
 from router.core.policies import POLICIES
 from sim.experiment import SEEDS_MAX
 from sim.pool import all_cores
-from sim.replay import Options
+from sim.replay import STALENESS_S, Options
 from sim.report.summary import Slo
 from sim.traces import BadRows, Reading, TimeUnit
 from sim.traces.jsonl import MODEL
@@ -44,6 +44,14 @@ def add_workload(command: argparse.ArgumentParser) -> None:
         default=1.0,
         metavar="X",
         help="let requests come X times as fast (default 1)",
+    )
+    command.add_argument(
+        "--staleness",
+        type=not_negative,
+        default=STALENESS_S,
+        metavar="S",
+        help="how late the router hears of a change at a worker, in seconds "
+        f"(default {STALENESS_S})",
     )
     add_reading(command)
     command.add_argument("--limit", type=positive, metavar="N", help="replay the first N requests")
@@ -146,8 +154,8 @@ def add_targets(command: argparse.ArgumentParser, *, required: bool) -> None:
     )
 
 
-def options(arguments: argparse.Namespace, policy: str) -> Options:
-    """What a replay is given of the command line."""
+def options(arguments: argparse.Namespace, policy: str, hash_block_tokens: int) -> Options:
+    """What a replay is given of the command line, and of the trace."""
     return Options(
         policy=policy,
         seed=arguments.seed,
@@ -156,6 +164,8 @@ def options(arguments: argparse.Namespace, policy: str) -> Options:
         locality=arguments.locality,
         zipf=arguments.zipf,
         speed=arguments.speed,
+        staleness_s=arguments.staleness,
+        hash_block_tokens=hash_block_tokens,
         slo=Slo(ttft_s=arguments.slo_ttft, itl_s=arguments.slo_itl),
     )
 

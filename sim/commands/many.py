@@ -74,7 +74,11 @@ def experiment(
             jobs=jobs,
             progress=lambda ended: progress.update(bar, completed=ended),
         ) as pool:
-            options = shared.options(arguments, arguments.policy or base.config.router.policy)
+            options = shared.options(
+                arguments,
+                arguments.policy or base.config.router.policy,
+                summary.hash_block_tokens,
+            )
             yield Experiment(base, options, arguments.seeds, pool), more
 
 

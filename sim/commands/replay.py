@@ -76,7 +76,9 @@ def replay(arguments: argparse.Namespace, errors: Console) -> dict[str, Any]:
     summary = scan(arguments.trace, limit=arguments.limit, reading=reading)
     shared.tell_skipped(errors, summary.bad)
     rows = itertools.islice(read(arguments.trace, reading), arguments.limit)
-    options = shared.options(arguments, arguments.policy or config.router.policy)
+    options = shared.options(
+        arguments, arguments.policy or config.router.policy, summary.hash_block_tokens
+    )
     sampler = Sampler(summary.span_s / options.speed) if arguments.report is not None else None
     columns = (
         TextColumn("{task.description}"),

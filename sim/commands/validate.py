@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from router.config import Config, LLMConfig, load
 from sim.commands import arguments as shared
 from sim.report.validation import markdown, print_comparisons
 from sim.validate.compare import Comparison, Figures, compare, figures
-from sim.validate.drive import HTTP_OK, drive
+from sim.validate.drive import drive
 from sim.validate.record import Served, read_record
 from sim.validate.simulate import simulate
 from sim.validate.workloads import CASES, Case, rows
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 BOOT_TIMEOUT_S: Final = 900
 STOP_TIMEOUT_S: Final = 60
 BETWEEN_S: Final = 3.0
+READY: Final = re.compile(r"^ready on (http\S+)/v1$", re.MULTILINE)  # what `router serve` prints
 EVICTIONS: Final = "lorayard_adapter_evictions_total"
 
 
@@ -170,7 +172,7 @@ async def _real(
 ) -> dict[str, int]:
     llm = config.llm_configs[0]
     evictions: dict[str, int] = {}
-    async with _router(arguments.config, config, record, errors) as (client, url):
+    async with _router(arguments.config, record, errors) as (client, url):
         names = await _adapters(client, url, llm.model_id)
         slots = llm.slots * llm.replicas
         plan: list[tuple[str, list[Any]]] = []
@@ -220,10 +222,9 @@ async def _real(
 
 @contextlib.asynccontextmanager
 async def _router(
-    path: Path, config: Config, record: Path, errors: Console
+    path: Path, record: Path, errors: Console
 ) -> AsyncIterator[tuple[aiohttp.ClientSession, str]]:
     """`router serve` as a process of its own, from its start to its clean end."""
-    url = f"http://{config.router.host}:{config.router.port}"
     log = record.with_suffix(".log")
     with log.open("wb") as out:
         process = subprocess.Popen(  # noqa: S603, ASYNC220  (our own program; once)
@@ -238,11 +239,11 @@ async def _router(
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as client:
             with errors.status("the router's workers boot"):
                 deadline = time.monotonic() + BOOT_TIMEOUT_S
-                while not await _ready(client, url):
+                while (found := READY.search(log.read_text(errors="replace"))) is None:
                     if process.poll() is not None or time.monotonic() > deadline:
                         raise ValidateError(f"the router did not come up; see {log}")
                     await asyncio.sleep(0.5)
-            yield client, url
+            yield client, found[1]
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
@@ -250,14 +251,6 @@ async def _router(
             await asyncio.to_thread(process.wait, STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             process.kill()
-
-
-async def _ready(client: aiohttp.ClientSession, url: str) -> bool:
-    try:
-        async with client.get(f"{url}/ready") as answer:
-            return answer.status == HTTP_OK
-    except aiohttp.ClientError:
-        return False
 
 
 async def _adapters(client: aiohttp.ClientSession, url: str, base: str) -> list[str]:

@@ -5,9 +5,10 @@ before anything is simulated; `read` yields the rows, again from the file, so th
 million rows is never in memory.
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
 import msgspec
 
@@ -37,10 +38,16 @@ __all__ = [
 ]
 
 AS_WRITTEN = Reading()
+HASH_BLOCK: Final = 512  # of the Mooncake traces
+LEAST_HASH_BLOCK: Final = 16  # vLLM's own
 
 
 class TraceSummary(msgspec.Struct, frozen=True):
-    """What a whole trace holds: counts, its span in seconds, each model id's first request."""
+    """What a whole trace holds: counts, its span in seconds, each model id's first request.
+
+    `hash_block_tokens` is how many prompt tokens a hash id stands for, which no format says: the least
+    power of two with which every row has enough ids for its prompt.
+    """
 
     requests: int
     span_s: float
@@ -48,6 +55,7 @@ class TraceSummary(msgspec.Struct, frozen=True):
     output_tokens: int
     models: dict[str, int]
     bad: BadRows
+    hash_block_tokens: int
 
 
 def format_of(path: Path) -> TraceFormat:
@@ -101,9 +109,12 @@ def scan(path: Path, *, limit: int | None = None, reading: Reading = AS_WRITTEN)
     first_ms = last_ms = 0.0
     models: dict[str, int] = {}
     bad = BadRows()
+    widest = 0.0  # tokens a hash id
     for row in read(path, reading, bad):
         if requests == 0:
             first_ms = row.timestamp
+        if row.hash_ids:
+            widest = max(widest, row.input_length / len(row.hash_ids))
         last_ms = row.timestamp
         requests += 1
         inputs += row.input_length
@@ -114,7 +125,15 @@ def scan(path: Path, *, limit: int | None = None, reading: Reading = AS_WRITTEN)
             break
     if not requests:
         raise no_rows(path, bad)
-    return TraceSummary(requests, (last_ms - first_ms) / 1000, inputs, outputs, models, bad)
+    return TraceSummary(
+        requests,
+        (last_ms - first_ms) / 1000,
+        inputs,
+        outputs,
+        models,
+        bad,
+        max(LEAST_HASH_BLOCK, 1 << (math.ceil(widest) - 1).bit_length()) if widest else HASH_BLOCK,
+    )
 
 
 def no_rows(path: Path, bad: BadRows) -> TraceError:

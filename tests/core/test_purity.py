@@ -3,6 +3,7 @@ generator but the one it is given, does no I/O, and iterates no set.
 """
 
 import ast
+import time
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,59 @@ def is_asked_only(path: Path, wanted: ast.AST) -> bool:
 
 def same(one: ast.AST, other: ast.AST) -> bool:
     return isinstance(one, ast.Set) and one.__dict__.get("lineno") == other.__dict__.get("lineno")
+
+
+SIM = CORE.parents[1] / "sim"
+# Who measures real engines, and who tells a person how long a command took; they simulate nothing.
+OF_THE_REAL_WORLD = ("calibrate/", "validate/", "commands/", "pool.py")
+CLOCKS = {"time", "datetime", "sched", "timeit", "threading", "signal"}
+CLOCK_NAMES = {"perf_counter", "monotonic", "time_ns", "now", "utcnow", "today", "sleep"}
+SIMULATED = [
+    path
+    for path in sorted(SIM.rglob("*.py"))
+    if not str(path.relative_to(SIM)).startswith(OF_THE_REAL_WORLD)
+]
+
+
+@pytest.mark.parametrize("path", SIMULATED, ids=[str(path.relative_to(SIM)) for path in SIMULATED])
+def test_no_wall_clock_reaches_simulated_time(path: Path) -> None:
+    """`datetime` may parse a trace's dates; `env.now` is virtual; nothing else may tell the time."""
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                assert alias.name not in CLOCKS, f"{path.name} imports {alias.name}"
+        elif isinstance(node, ast.ImportFrom):
+            allowed = {"UTC", "datetime", "timedelta"} if node.module == "datetime" else set()
+            names = {alias.name for alias in node.names}
+            assert node.module not in CLOCKS or names <= allowed, f"{path.name}: {node.module}"
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            called = node.func.attr
+            if called == "sleep":  # of the running loop, which is the simulator's
+                assert isinstance(node.func.value, ast.Name), path.name
+                assert node.func.value.id == "asyncio", path.name
+            else:
+                assert called not in CLOCK_NAMES, f"{path.name} calls {called}()"
+
+
+def test_a_real_clock_that_runs_wild_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same replay with every clock of the `time` module broken: the digest is the same."""
+    from router.config import load  # noqa: PLC0415
+    from sim.replay import Options, Replay  # noqa: PLC0415
+    from sim.traces import TraceRow  # noqa: PLC0415
+
+    config = load(SIM / "default.yaml")
+    rows = [TraceRow(float(number * 40), 300, 50) for number in range(300)]
+
+    def digest() -> str:
+        return str(Replay(config, rows, Options(adapters=40, seed=3)).run()["digest"])
+
+    before = digest()
+
+    def broken() -> float:
+        raise AssertionError("a wall clock was read")
+
+    for name in ("time", "monotonic", "perf_counter", "time_ns", "process_time"):
+        monkeypatch.setattr(time, name, broken)
+    after = digest()
+    monkeypatch.undo()
+    assert after == before

@@ -1,0 +1,125 @@
+"""`sim calibrate` and `sim validate` against real processes of the emulated engine."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from adapter_files import write_adapter
+from deployment import ROOT, wait_until
+
+from sim.__main__ import main as sim
+from sim.latency import LatencyModel, read_calibration
+
+pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("calibrate")]
+LISTENING = re.compile(r"http://\S+")
+KWARGS = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8, "max_model_len": 4096}
+
+
+@contextmanager
+def worker(folder: Path) -> Iterator[str]:
+    """An emulated engine worker; its URL."""
+    out = folder / "worker.out"
+    command = ["-m", "engine_worker", "--engine", "emulated", "--model", "m", "--port", "0"]
+    with out.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, *command, "--engine-kwargs", json.dumps(KWARGS)],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+        )
+    try:
+        found: Any = wait_until(
+            lambda: LISTENING.search(out.read_text()), "the worker's address", 30
+        )
+        yield found[0]
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_a_running_worker_is_measured_and_the_calibration_can_be_simulated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = write_adapter(tmp_path / "adapter")
+    out = tmp_path / "mine.json"
+    with worker(tmp_path) as url:
+        command = ["calibrate", url, "--out", str(out), "--quick", "--rounds", "1"]
+        assert sim(command) == 2, "an engine with adapters is to be given one"
+        assert "--adapter FOLDER" in capsys.readouterr().err
+        command += ["--adapter", str(adapter)]
+        assert sim(command) == 0
+        first = out.read_bytes()
+        capsys.readouterr()
+        # What was seen is kept: a second run only fits again, to the same numbers.
+        assert sim(command) == 0
+        assert "already" in capsys.readouterr().err
+    assert out.read_bytes() == first
+    made = read_calibration(str(out))
+    assert (made.engine, made.model) == ("emulated 1", "m")
+    assert made.defaults.block_size == 16
+    assert made.step_base_s.interval is not None
+    assert LatencyModel(made, slots=2, rank_max=8).step_s(running=4, adapters=1) > 0
+
+
+def test_nobody_there_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sim(["calibrate", "http://127.0.0.1:9", "--out", str(tmp_path / "x.json")]) == 2
+    assert "http://127.0.0.1:9" in capsys.readouterr().err
+
+
+def test_a_real_run_is_compared_with_its_simulation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(6):
+        write_adapter(tmp_path / "store" / f"adapter-{number}")
+    config = {
+        "llm_configs": [
+            {
+                "model_loading_config": {"model_id": "m"},
+                "lora_config": {
+                    "dynamic_lora_loading_path": str(tmp_path / "store"),
+                    "max_num_adapters_per_replica": 2,
+                },
+                "engine_kwargs": KWARGS,
+                "engine": "emulated",
+                "calibration": "emulated",
+                "deployment_config": {"autoscaling_config": {"min_replicas": 2, "max_replicas": 2}},
+            }
+        ],
+        "router": {"port": 0, "cache_dir": str(tmp_path / "cache")},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    record, figures = tmp_path / "run.jsonl", tmp_path / "figures.json"
+    report = tmp_path / "report.md"
+    command = [
+        *("validate", "--config", str(path), "--requests", "8", "--rate", "20", "--seeds", "2"),
+        *("--cases", "steady,slots", "--record", str(record)),
+        *("--json", str(figures), "--report", str(report)),
+    ]
+    # 0 or 1: whether the machine was quiet enough is not what is tested.
+    assert sim(command) in {0, 1}
+    told = json.loads(figures.read_text())["figures"]
+    by_name = {(one["case"], one["group"], one["name"]): one for one in told}
+    for case in ("steady", "slots"):
+        one = by_name[case, "e2e_s", "p50"]
+        assert len(one["real"]) == 2
+        assert all(value > 0 for value in one["real"])
+        assert one["simulated"] > 0
+        asked = by_name[case, "adapters", "hits"]
+        assert all(value <= 8 for value in asked["real"])
+    assert "| e2e_s p50 |" in report.read_text()
+    assert "slots: real against simulated" in capsys.readouterr().out
+    # With the recording at hand nothing is run again, and the same is found.
+    before = figures.read_bytes()
+    assert sim(command) in {0, 1}
+    assert "nothing is run" in capsys.readouterr().err
+    again = json.loads(figures.read_bytes())["figures"]
+    assert again == json.loads(before)["figures"]
