@@ -28,7 +28,7 @@ CACHE := .lorayard
 MODEL := $(CACHE)/smollm2-135m
 
 .PHONY: help serve install install-engine install-train test test-fast test-lowest lint format \
-	bench demo-adapters clean
+	bench validate demo-adapters clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -111,6 +111,10 @@ bench: $(VENV)/.test  ## measure the router's cost and the simulator's speed on 
 	$(PY) -m benchmarks.router_overhead
 	$(PY) -m benchmarks.recorder_overhead
 	$(PY) -m benchmarks.simulator_speed
+
+validate: $(VENV)/.test install-engine  ## compare the simulator with two real vLLM workers (a quarter of an hour)
+	$(PY) -m engine_worker.demo build $(MODEL)
+	$(PY) -m benchmarks.validation --rate 1.6
 
 demo-adapters: install-train  ## train the demonstration's adapters again (12 minutes on 2 cores)
 	$(PY) -m engine_worker.demo build $(MODEL)

@@ -1,7 +1,7 @@
 """How fast the simulator is on one core, and how much memory it takes: real traces and long ones.
 
-The long traces are the Azure one again and again, one after the other, so that their load is the same and
-the cost of a request can be compared between 10,000 and 1,000,000 of them.
+The long traces are the Azure one again and again, one after the other, so that their load is the
+same and the cost of a request can be compared between 10,000 and 1,000,000 of them.
 """
 
 import json

@@ -31,7 +31,7 @@ class Moment(simpy.Event):
 
 
 class Environment(simpy.Environment):
-    """Virtual time. `passed_at` is when a boundary was last reached, `passed_rank` the last one then."""
+    """Virtual time. `passed_at` is when a boundary was last reached, `passed_rank` whose it was."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -70,21 +70,21 @@ def test_a_simulation_is_itself() -> None:
     for case in CASES[:2]:
         made = rows(case, base="base", names=names, slots=64, rate=20, requests=80, seed=1)
         assert {str(row.model).partition(":")[0] for row in made} == {"base"}
-        for row in made:
-            asked.append(
-                Served(
-                    f"{case.name}/0",
-                    start_ms + row.timestamp,
-                    row.input_length,
-                    row.output_length,
-                    str(row.model),
-                    "",
-                    "none",
-                    completed=False,
-                    ttft_s=None,
-                    e2e_s=None,
-                )
+        asked += [
+            Served(
+                f"{case.name}/0",
+                start_ms + row.timestamp,
+                row.input_length,
+                row.output_length,
+                str(row.model),
+                "",
+                "none",
+                completed=False,
+                ttft_s=None,
+                e2e_s=None,
             )
+            for row in made
+        ]
         start_ms = asked[-1].timestamp_ms + 10_000
     first, again = (simulate(config, asked, "affinity", 5) for _ in range(2))
     assert first == again
