@@ -33,7 +33,7 @@ import simpy
 
 from sim.environment import Environment
 from sim.host import PERMILLE, Host
-from sim.kv import Holding, KVBlocks
+from sim.kv import NONE, Holding, KVBlocks
 from sim.latency import PICOSECOND, EngineDefaults, LatencyModel, pairs_of, picoseconds
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -69,10 +69,11 @@ def engine_limits(arguments: Mapping[str, Any], defaults: EngineDefaults) -> Eng
     return msgspec.convert(known, EngineLimits)
 
 
-class EngineRequest:
-    """One request inside the engine. `on_done` is called when its last token is out, or on abort.
+class EngineRequest(Holding):
+    """One request inside the engine, with the KV blocks that it holds.
 
-    `hash_ids` name the stretches of its prompt (see sim/kv.py). Times are virtual seconds.
+    `on_done` is called when its last token is out, or on abort. `hash_ids` name the stretches of its
+    prompt (see sim/kv.py). Times are virtual seconds.
     """
 
     __slots__ = (
@@ -83,7 +84,6 @@ class EngineRequest:
         "finished",
         "first_token",
         "hash_ids",
-        "holding",
         "join_tick",
         "on_done",
         "on_token",
@@ -117,7 +117,9 @@ class EngineRequest:
         self.preemptions = 0
         self.target = self.prompt_tokens  # tokens to compute before the next one is sampled
         self.computed = 0  # of these, how many are
-        self.holding = Holding()
+        self.segments = NONE
+        self.shared = self.private = 0
+        self.parked = None
         self.order = 0
         self.ready_step = 0
         self.join_tick = -1  # the step after which it decodes; -1 while it does not
@@ -508,12 +510,12 @@ class SimEngine:
         wanted = self._blocks_wanted(request, tokens)
         if wanted:
             self.kv.take(wanted)
-            request.holding.private += wanted
+            request.private += wanted
         self._chunks.append((request, tokens))
         end = request.computed + tokens
         if request.hash_ids and self.limits.enable_prefix_caching:
             self.kv.publish(
-                request.holding,
+                request,
                 request.adapter,
                 request.hash_ids,
                 request.computed,
@@ -522,7 +524,7 @@ class SimEngine:
         return tokens, pairs_of(request.computed, tokens)
 
     def _blocks_wanted(self, request: EngineRequest, tokens: int) -> int:
-        return self.kv.blocks_for(request.computed + tokens) - request.holding.blocks
+        return self.kv.blocks_for(request.computed + tokens) - request.shared - request.private
 
     def _admit(self, budget: int) -> tuple[int, int, int]:
         """Admit waiting requests, in order, while there is room: their tokens, pairs and stall."""
@@ -537,17 +539,16 @@ class SimEngine:
             if adapter is not None and adapter not in batch and len(batch) >= limits.max_loras:
                 passed.append(waiting.popleft())
                 continue
-            holding = request.holding
             wanted = kv.blocks_for(request.target)
-            if request.hash_ids or holding.parked is not None:
+            if request.hash_ids or request.parked is not None:
                 found, shared, idle = kv.lookup(
-                    adapter, request.hash_ids, request.target, holding.parked
+                    adapter, request.hash_ids, request.target, request.parked
                 )
                 if wanted - shared + idle > kv.free:
                     break
-                holding.parked = None
+                request.parked = None
                 if found:
-                    kv.share(holding, found, shared)
+                    kv.share(request, found, shared)
                     request.computed = shared * limits.block_size
                     self.counters.cached_tokens += request.computed
             elif wanted > kv.free:
@@ -630,9 +631,8 @@ class SimEngine:
             computed = request.target + decoded
             self._context -= computed + 1
             self._grows[(request.join_tick - request.target) % self._block_size] -= 1
-            holding = request.holding
-            holding.private = self.kv.blocks_for(computed) - holding.shared
-        self.kv.release(request.holding, tokens=computed, park=park)
+            request.private = self.kv.blocks_for(computed) - request.shared
+        self.kv.release(request, tokens=computed, park=park)
         adapter = request.adapter
         if adapter is not None:
             left = self._batch_adapters[adapter] - 1

@@ -65,10 +65,10 @@ class Reports:
 
     def due(self) -> None:
         """Hand over what has arrived by now."""
-        said, now = self._said, self._env.now
+        said, now, observe = self._said, self._env.now, self._router.observe
         while said and said[0][0] <= now:
             _, worker, report = said.popleft()
-            self._router.observe(worker, report)
+            observe(worker, report)
 
     def _arrive(self, _: simpy.Event) -> None:
         self.due()

@@ -31,20 +31,22 @@ class Segment:
         self.key = key
 
 
+NONE: Final[list[Segment]] = []  # shared by all who hold no segment, and never changed
+
+
 class Holding:
     """What one request holds: shared segments, `shared` blocks of them, and `private` blocks.
 
     `parked` is what it left behind when it was preempted, and may find again.
     """
 
-    __slots__ = ("parked", "private", "segments", "shared", "table")
+    __slots__ = ("parked", "private", "segments", "shared")
 
     def __init__(self) -> None:
-        self.segments: list[Segment] = []
+        self.segments: list[Segment] = NONE
         self.shared = 0
         self.private = 0
         self.parked: Segment | None = None
-        self.table: dict[int, Segment] | None = None
 
     @property
     def blocks(self) -> int:
@@ -129,7 +131,7 @@ class KVBlocks:
                     self._junk = None
                 self.free -= segment.blocks
             segment.users += 1
-        holding.segments.extend(found)
+        holding.segments = [*holding.segments, *found]
         holding.shared = blocks
 
     def take(self, blocks: int) -> None:
@@ -164,6 +166,7 @@ class KVBlocks:
         if table is None:
             table = self._tables[adapter] = {}
         last = min(len(hash_ids), -(-end // width))
+        fresh_segments: list[Segment] = []
         for index in range(start // width, last):
             first = index * width
             before = max(start, first) // size - first // size
@@ -178,13 +181,15 @@ class KVBlocks:
                     continue
                 segment = table[key] = Segment(fresh, table, key)
                 segment.users = 1
-                holding.segments.append(segment)
+                fresh_segments.append(segment)
             elif segment.blocks == before and holding.segments and holding.segments[-1] is segment:
                 segment.blocks += fresh
             else:
                 continue
             holding.shared += fresh
             holding.private -= fresh
+        if fresh_segments:
+            holding.segments = [*holding.segments, *fresh_segments]
 
     # Giving back.
 
@@ -199,19 +204,21 @@ class KVBlocks:
             full = max(0, min(private, tokens // self.block_tokens - holding.shared))
             self._blank += private - full
             if park and holding.segments and holding.segments[-1].table is None:
-                found_again = holding.segments.pop()
+                found_again = holding.segments[-1]
+                holding.segments = holding.segments[:-1]
                 self.free += found_again.blocks
                 full += found_again.blocks
             if full:
                 self._append(full, holding if park else None)
-        for segment in reversed(holding.segments):
-            segment.users -= 1
-            if not segment.users:
-                self.free += segment.blocks
-                if segment.blocks:
-                    self._cached[segment] = None
-                    self._junk = None
-        holding.segments.clear()
+        if holding.segments:
+            for segment in reversed(holding.segments):
+                segment.users -= 1
+                if not segment.users:
+                    self.free += segment.blocks
+                    if segment.blocks:
+                        self._cached[segment] = None
+                        self._junk = None
+            holding.segments = NONE
         holding.shared = holding.private = 0
 
     def _append(self, blocks: int, owner: Holding | None) -> None:

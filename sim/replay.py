@@ -24,6 +24,7 @@ from router.core.router import Router
 from sim.engine import EngineRequest
 from sim.environment import Environment
 from sim.fleet import Reports, SimWorkers
+from sim.garbage import few_collections
 from sim.loop import RanDryError, SimLoop
 from sim.report.summary import Latencies, Slo, latency_figures, outcome_counts
 from sim.report.timeline import Sampler
@@ -229,7 +230,8 @@ class Replay:
         env = Environment()
         loop = SimLoop(env)  # type: ignore[abstract]  # sockets and processes are left out on purpose
         try:
-            loop.run_until_complete(self._replay(loop))
+            with few_collections():
+                loop.run_until_complete(self._replay(loop))
         except RanDryError:
             # Who still waits is counted as unfinished; the caller sees that there are some.
             log.exception("requests wait for what will never happen")

@@ -18,7 +18,7 @@ from router.core.job import AdapterRef
 from router.core.residency import Phase, Slot, SlotCache
 
 
-class Report(msgspec.Struct, frozen=True):
+class Report(msgspec.Struct, frozen=True, gc=False):
     """What a worker said of itself, last. `seq` rises with every change of its adapters."""
 
     seq: int = 0

@@ -25,7 +25,7 @@ class AdapterRef(msgspec.Struct, frozen=True, order=True, cache_hash=True):
         return f"{self.model}:{self.name}"
 
 
-class Job(msgspec.Struct, eq=False):
+class Job(msgspec.Struct, eq=False, gc=False):
     """One request, as far as routing needs to know it.
 
     `adapter` is None for the base model alone. Lengths are in tokens and may be estimates;

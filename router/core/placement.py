@@ -35,7 +35,7 @@ class Drop(StrEnum):
     AVOIDED = "avoided"
 
 
-class Decision(msgspec.Struct, frozen=True):
+class Decision(msgspec.Struct, frozen=True, gc=False):
     """Where a job goes and why. `worker` is None where it has to wait."""
 
     worker: Worker | None

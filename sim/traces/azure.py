@@ -14,8 +14,9 @@ from sim.traces.row import RowError, TraceRow
 WANTED: Final = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 HEADER: Final = ",".join(WANTED)
 SEVENTH_DIGIT: Final = re.compile(r"(\.\d{6})\d+")  # datetime takes six
-DATE_2023: Final = len("2023-11-16 18:15:46.6805900")
 MICROSECOND: Final = timedelta(microseconds=1)
+# What nearly every row of 2023 looks like: it is read at a third of the cost of the others.
+PLAIN: Final = re.compile(rb"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6})\d?,(\d{1,8}),(\d{1,8})\s*")
 
 
 class Rows:
@@ -23,21 +24,30 @@ class Rows:
 
     def __init__(self, header: str) -> None:
         self._columns = Columns(header, WANTED)
+        self._plain = PLAIN.fullmatch if header == HEADER else None
         self._first: datetime | None = None
 
     def __call__(self, line: bytes) -> TraceRow:
         """One row. Raises `RowError`."""
-        date, context, generated = self._columns.cells(line)
-        try:
-            if len(date) == DATE_2023 and date[-8] == "." and date[-1].isdecimal():
-                at = datetime.fromisoformat(date[:-1])  # the same as below, for the many
+        if self._plain is not None and (found := self._plain(line)) is not None:
+            day, context, generated = found.groups()
+            try:
+                at = datetime.fromisoformat(day.decode()).replace(tzinfo=UTC)
+            except ValueError:  # the 30th of February: said below
+                pass
             else:
-                at = datetime.fromisoformat(SEVENTH_DIGIT.sub(r"\1", date))
+                return self._row(at, int(context), int(generated))
+        date, inputs, outputs = self._columns.cells(line)
+        try:
+            at = datetime.fromisoformat(SEVENTH_DIGIT.sub(r"\1", date))
             at = at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
         except (ValueError, OverflowError):
             raise RowError(
                 "TIMESTAMP", date, "a time such as 2023-11-16 18:15:46.6805900"
             ) from None
-        inputs, outputs = tokens("ContextTokens", context), tokens("GeneratedTokens", generated)
-        self._first = self._first or at
+        return self._row(at, tokens("ContextTokens", inputs), tokens("GeneratedTokens", outputs))
+
+    def _row(self, at: datetime, inputs: int, outputs: int) -> TraceRow:
+        if self._first is None:
+            self._first = at
         return TraceRow((at - self._first) / MICROSECOND / 1000, inputs, outputs)
