@@ -594,7 +594,8 @@ class SimEngine:
             request.computed += tokens
             if request.computed == request.target:
                 self._sampled_first(request)
-        self._changed()
+        if self._on_change is not None:
+            self._on_change()
 
     def _sampled_first(self, request: EngineRequest) -> None:
         """The prompt is computed, and one token sampled: from the next step on it decodes."""

@@ -52,7 +52,7 @@ class Reports:
 
     def __init__(self, env: Environment, router: Router, staleness_s: float) -> None:
         self._env = env
-        self._router = router
+        self._observe = router.observe
         self._staleness_s = staleness_s
         self._said: deque[tuple[float, Worker, Report]] = deque()
 
@@ -65,7 +65,7 @@ class Reports:
 
     def due(self) -> None:
         """Hand over what has arrived by now."""
-        said, now, observe = self._said, self._env.now, self._router.observe
+        said, now, observe = self._said, self._env.now, self._observe
         while said and said[0][0] <= now:
             _, worker, report = said.popleft()
             observe(worker, report)

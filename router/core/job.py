@@ -45,6 +45,8 @@ class Job(msgspec.Struct, eq=False, gc=False):
 class AdapterUse(StrEnum):
     """In which state the worker's slot was when the job was placed: the header `x-adapter`."""
 
+    __hash__ = str.__hash__  # as it compares; Enum's own is a call into Python
+
     NONE = "none"
     HIT = "hit"
     LOADING = "loading"
@@ -53,6 +55,8 @@ class AdapterUse(StrEnum):
 
 class Outcome(StrEnum):
     """Every way in which a request can end, once it named a model that exists."""
+
+    __hash__ = str.__hash__
 
     COMPLETED = "completed"
     CLIENT_GONE = "client_gone"
