@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 BOOT_TIMEOUT_S: Final = 900
 STOP_TIMEOUT_S: Final = 60
-BETWEEN_S: Final = 3.0
 READY: Final = re.compile(r"^ready on (http\S+)/v1$", re.MULTILINE)  # what `router serve` prints
 EVICTIONS: Final = "lorayard_adapter_evictions_total"
 
@@ -73,6 +72,9 @@ def add(commands: "Commands") -> None:
         "--requests", type=shared.positive, default=60, metavar="N", help="a workload (default 60)"
     )
     command.add_argument("--runs", type=shared.positive, default=2, help="real runs (default 2)")
+    command.add_argument(
+        "--pause", type=shared.not_negative, default=3.0, metavar="S", help="between workloads"
+    )
     command.add_argument("--seeds", type=shared.positive, default=5, help="simulations (default 5)")
     command.add_argument("--seed", type=int, default=0, help="of the workloads (default 0)")
     command.add_argument(
@@ -216,7 +218,7 @@ async def _real(
                     errors.print(f"{label}: {failed} requests were not answered", style="yellow")
                 after = await _metric(client, url, EVICTIONS)
                 evictions[label], before = after - before, after
-                await asyncio.sleep(BETWEEN_S)
+                await asyncio.sleep(arguments.pause)
     return evictions
 
 

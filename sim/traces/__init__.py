@@ -162,6 +162,6 @@ def _begun(path: Path, file: BinaryIO) -> tuple[TraceFormat, str]:
     first = start.removeprefix(BYTE_ORDER_MARK).partition(b"\n")[0]
     try:
         found = detect(start)
-    except UnknownFormatError as error:
+    except (UnknownFormatError, RowError) as error:
         raise TraceError(path, 1, str(error)) from None
     return found, first.decode("utf-8", errors="replace").strip()

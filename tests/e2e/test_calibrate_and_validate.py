@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,14 @@ from sim.latency import LatencyModel, read_calibration
 pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("calibrate")]
 LISTENING = re.compile(r"http://\S+")
 KWARGS = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8, "max_model_len": 4096}
+
+
+def is_healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:  # noqa: S310  (loopback)
+            return bool(answer.status == 200)
+    except OSError:
+        return False
 
 
 @contextmanager
@@ -39,7 +48,9 @@ def worker(folder: Path) -> Iterator[str]:
         found: Any = wait_until(
             lambda: LISTENING.search(out.read_text()), "the worker's address", 30
         )
-        yield found[0]
+        url = found[0]
+        wait_until(lambda: is_healthy(url), "the worker serves", 30)
+        yield url
     finally:
         process.terminate()
         process.wait(30)
@@ -100,7 +111,19 @@ def test_a_real_run_is_compared_with_its_simulation(
     record, figures = tmp_path / "run.jsonl", tmp_path / "figures.json"
     report = tmp_path / "report.md"
     command = [
-        *("validate", "--config", str(path), "--requests", "8", "--rate", "20", "--seeds", "2"),
+        *(
+            "validate",
+            "--config",
+            str(path),
+            "--requests",
+            "8",
+            "--rate",
+            "20",
+            "--seeds",
+            "2",
+            "--pause",
+            "0",
+        ),
         *("--cases", "steady,slots", "--record", str(record)),
         *("--json", str(figures), "--report", str(report)),
     ]

@@ -135,6 +135,12 @@ def _is_there(group: int) -> bool:
 # The commands.
 
 
+@pytest.fixture(autouse=True)
+def _no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables as wide as into a file: pytest-xdist tells of a terminal of 80 columns."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 def test_compare(tmp_path: Path, trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "out.html"
     result = run(
