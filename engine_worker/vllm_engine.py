@@ -282,7 +282,10 @@ class VllmAdapters:
                 raise WorkerError(400, message) from error
             self._served.serve(adapter, request)
             drops = [self._drop(evicted) for evicted in evict]
-            *_, tiers = await asyncio.gather(*drops, self.residency(), return_exceptions=True)
+            *dropped, tiers = await asyncio.gather(*drops, self.residency(), return_exceptions=True)
+            for failure in dropped:
+                if isinstance(failure, BaseException):
+                    raise WorkerError(500, f"vLLM did not drop an adapter: {_last_line(failure)}")
             if isinstance(tiers, BaseException):  # what was loaded is loaded
                 log.error("the engine does not say which adapters it holds: %s", tiers)
                 return None
@@ -327,7 +330,7 @@ class VllmAdapters:
         return gpu, tuple(elsewhere[number] for number in held if number in elsewhere)
 
 
-def _last_line(error: Exception) -> str:
+def _last_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 

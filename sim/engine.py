@@ -120,6 +120,7 @@ class EngineRequest(Holding):
         self.segments = NONE
         self.shared = self.private = 0
         self.parked = None
+        self.parked_at = 0
         self.order = 0
         self.ready_step = 0
         self.join_tick = -1  # the step after which it decodes; -1 while it does not
@@ -195,7 +196,8 @@ class SimEngine:
         jump: bool = True,
     ) -> None:
         self.env = env
-        self._host = host if host is not None and host.shares else None
+        self._contention = round(latency.calibration.host_contention.value * PERMILLE)
+        self._host = host if self._contention else None
         if self._host is not None:
             self._host.join(self)
         self.latency = latency
@@ -209,7 +211,7 @@ class SimEngine:
         self._keeps_evicted: Final = self.host_slots > limits.max_loras + 1
         blocks = limits.num_gpu_blocks_override or latency.kv_tokens // limits.block_size
         self.kv = KVBlocks(
-            max(1, blocks),
+            max(1, blocks - 1),  # vLLM's first block is the null block, which holds nothing
             limits.block_size,
             caching=limits.enable_prefix_caching,
             segment_tokens=segment_tokens,
@@ -259,7 +261,9 @@ class SimEngine:
     def fits(self, request: EngineRequest) -> bool:
         """Whether it could ever be served: its length, and its memory at the end."""
         length = request.prompt_tokens + request.output_tokens
-        return length <= self.limits.max_model_len and self.kv.blocks_for(length) <= self.kv.total
+        # The last token is sampled and not stored.
+        blocks = self.kv.blocks_for(length - 1)
+        return length <= self.limits.max_model_len and blocks <= self.kv.total
 
     def submit(self, request: EngineRequest) -> None:
         """Queue a request, which fits."""
@@ -382,9 +386,7 @@ class SimEngine:
         doing, self._doing = self._doing, _Doing.WAKING
         match doing:
             case _Doing.STEPPING:
-                installed, self._installed = self._installed, []
-                for load in installed:
-                    load.done.succeed()
+                self._tell_installed()
                 self._advance()
             case _Doing.LOADING:
                 self._install(self._loads.popleft())
@@ -412,6 +414,7 @@ class SimEngine:
         if self._aborted:
             self._drop_aborted()
         if not (self.running or self._waiting):
+            self._tell_installed()
             self._doing = _Doing.IDLE
             self._due = None
             if self._host is not None:
@@ -457,7 +460,7 @@ class SimEngine:
         prompts_ps = latency.prefill_ps(tokens, pairs, adapters) if chunks else 0
         if self._host is not None:
             # Each term by itself: the time of a step stays linear in its context.
-            slowdown = self._host.slowdown()
+            slowdown = self._host.slowdown(self._contention)
             requests_ps = requests_ps * slowdown // PERMILLE
             context_ps = context_ps * slowdown // PERMILLE
             prompts_ps = prompts_ps * slowdown // PERMILLE
@@ -542,13 +545,13 @@ class SimEngine:
             wanted = kv.blocks_for(request.target)
             if request.hash_ids or request.parked is not None:
                 found, shared, idle = kv.lookup(
-                    adapter, request.hash_ids, request.target, request.parked
+                    request, adapter, request.hash_ids, request.prompt_tokens, request.target
                 )
                 if wanted - shared + idle > kv.free:
                     break
                 request.parked = None
                 if found:
-                    kv.share(request, found, shared)
+                    kv.share(request, found)
                     request.computed = shared * limits.block_size
                     self.counters.cached_tokens += request.computed
             elif wanted > kv.free:
@@ -718,27 +721,28 @@ class SimEngine:
 
         The engine then drops the least recently used adapter that the batch does not use.
         """
-        stall_ps = self._load_ps(adapter)
-        if stall_ps:
+        if adapter not in self.gpu:
+            stall_ps = self._load_ps(adapter)
             self.counters.loads += 1
             self.counters.stalled_ps += stall_ps
             self.counters.busy_ps -= stall_ps
             self._bring(adapter)
-        else:
-            self.gpu.move_to_end(adapter)
-            self.host.move_to_end(adapter)
-        return stall_ps
+            return stall_ps
+        self.gpu.move_to_end(adapter)
+        self.host.move_to_end(adapter)
+        return 0
 
     def _bring(self, adapter: Hashable) -> None:
         """The adapter is in a slot now; who is one too many for its tier leaves it."""
         for tier in (self.gpu, self.host):
             tier[adapter] = None
             tier.move_to_end(adapter)
-        if len(self.gpu) > self.limits.max_loras:
-            batch = self._batch_adapters
+        batch = self._batch_adapters
+        while len(self.gpu) > self.limits.max_loras:
             idle = (other for other in self.gpu if other != adapter and other not in batch)
-            if (oldest := next(idle, None)) is not None:
-                del self.gpu[oldest]
+            if (oldest := next(idle, None)) is None:
+                break
+            del self.gpu[oldest]
         while len(self.host) > self.host_slots:
             oldest = next((other for other in self.host if other not in self.gpu), None)
             if oldest is None:
@@ -757,6 +761,11 @@ class SimEngine:
         else:
             load.done.succeed()
         self._changed()
+
+    def _tell_installed(self) -> None:
+        installed, self._installed = self._installed, []
+        for load in installed:
+            load.done.succeed()
 
     def _drop(self, adapter: Hashable) -> None:
         self.gpu.pop(adapter, None)

@@ -121,10 +121,11 @@ class SimWorker:
 class SimWorkers:
     """The workers of one model, by id, and the `Loader` for them. All share one host."""
 
-    def __init__(self, loop: SimLoop, llm: LLMConfig, count: int, hash_block_tokens: int) -> None:
+    def __init__(
+        self, loop: SimLoop, llm: LLMConfig, count: int, hash_block_tokens: int, host: Host
+    ) -> None:
         self._loop = loop
         self.latency, limits = engine_model(llm)
-        host = Host(self.latency.calibration.host_contention.value)
         self.by_id = {
             worker.id: SimWorker(loop.env, worker, self.latency, limits, host, hash_block_tokens)
             for worker in (
@@ -140,6 +141,14 @@ class SimWorkers:
 
     async def load(self, worker: Worker, adapter: AdapterRef, evict: AdapterRef | None) -> int:
         """Fetch the adapter unless the host has it, then load it into the engine."""
+        try:
+            return await self._load(worker, adapter, evict)
+        except Exception as error:
+            # The router would take it for a load that failed; it is a fault of the simulator.
+            self._loop.call_exception_handler({"message": "a load", "exception": error})
+            raise
+
+    async def _load(self, worker: Worker, adapter: AdapterRef, evict: AdapterRef | None) -> int:
         engine = self.by_id[worker.id].engine
         if adapter not in engine.host:
             fetch = self._fetches.get(adapter)

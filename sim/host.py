@@ -18,25 +18,22 @@ class Sharer(Protocol):
 
 
 class Host:
-    """The engines of one machine. `slowdown` is in thousandths, so that times stay whole numbers."""
+    """The engines of one machine that share what their steps need."""
 
-    def __init__(self, contention: float) -> None:
-        self._permille = round(contention * PERMILLE)
+    def __init__(self) -> None:
         self._sharers: list[Sharer] = []
         self._at_work = 0
-
-    @property
-    def shares(self) -> bool:
-        """Whether engines here slow each other at all."""
-        return self._permille > 0
 
     def join(self, sharer: Sharer) -> None:
         """One more engine."""
         self._sharers.append(sharer)
 
-    def slowdown(self) -> int:
-        """What a step of an engine at work takes now, in thousandths of its time alone."""
-        return PERMILLE + self._permille * (self._at_work - 1)
+    def slowdown(self, contention: int) -> int:
+        """What a step of an engine at work takes now, in thousandths of its time alone.
+
+        `contention` is in thousandths too, so that times stay whole numbers.
+        """
+        return PERMILLE + contention * (self._at_work - 1)
 
     def changed(self, sharer: Sharer, *, at_work: bool) -> None:
         """An engine has begun to work, or has stopped."""

@@ -37,16 +37,18 @@ NONE: Final[list[Segment]] = []  # shared by all who hold no segment, and never 
 class Holding:
     """What one request holds: shared segments, `shared` blocks of them, and `private` blocks.
 
-    `parked` is what it left behind when it was preempted, and may find again.
+    `parked` is what it left behind when it was preempted, and may find again; `parked_at` is how many
+    blocks came before it.
     """
 
-    __slots__ = ("parked", "private", "segments", "shared")
+    __slots__ = ("parked", "parked_at", "private", "segments", "shared")
 
     def __init__(self) -> None:
         self.segments: list[Segment] = NONE
         self.shared = 0
         self.private = 0
         self.parked: Segment | None = None
+        self.parked_at = 0
 
     @property
     def blocks(self) -> int:
@@ -81,58 +83,64 @@ class KVBlocks:
     # Finding.
 
     def lookup(
-        self, adapter: Hashable, hash_ids: Sequence[int], tokens: int, parked: Segment | None
-    ) -> tuple[list[Segment], int, int]:
-        """The longest cached prefix of a prompt of `tokens`, of which one at least is computed.
+        self, holding: Holding, adapter: Hashable, hash_ids: Sequence[int], prompt: int, target: int
+    ) -> tuple[dict[Segment, int], int, int]:
+        """The longest cached prefix of `target` tokens, of which one at least is computed.
 
-        Returns the segments, their blocks in all, and how many of those are free now.
+        The first `prompt` of them are what the hash ids name; beyond, a preempted request finds what
+        it left behind. Returns the segments with the blocks that are used of each, these in all, and
+        how many of them are free now.
         """
-        most = (tokens - 1) // self.block_tokens
-        found: list[Segment] = []
+        size, width = self.block_tokens, self.segment_tokens
+        most = (target - 1) // size
+        found: dict[Segment, int] = {}
         blocks = free = 0
-        table = self._tables.get(adapter) if hash_ids else None
-        complete = True
-        if table:
-            size, width = self.block_tokens, self.segment_tokens
-            for index, key in enumerate(hash_ids):
-                end = min((index + 1) * width, tokens) // size
-                if end == blocks:  # too short for a block of its own
-                    continue
-                segment = table.get(key)
-                if segment is None:
-                    complete = False
-                    break
-                usable = min(segment.blocks, end - blocks, most - blocks)
-                if usable <= 0:
-                    break
-                found.append(segment)
+        table = self._tables.get(adapter)
+        for index, key in enumerate(hash_ids):
+            end = min((index + 1) * width, prompt) // size
+            if end == blocks:  # too short for a block of its own
+                continue
+            segment = table.get(key) if table is not None else None
+            if segment is None or segment in found:
+                break
+            usable = min(segment.blocks, end - blocks, most - blocks)
+            if usable <= 0:
+                break
+            found[segment] = usable
+            blocks += usable
+            if not segment.users:
+                free += usable
+            if blocks < end:
+                break
+        parked = holding.parked
+        if parked is not None and blocks >= holding.parked_at:
+            usable = min(holding.parked_at + parked.blocks, most) - blocks
+            if usable > 0:
+                found[parked] = usable
                 blocks += usable
-                if not segment.users:
-                    free += segment.blocks
-                if blocks < end:
-                    complete = False
-                    break
-        elif hash_ids:
-            complete = False
-        if parked is not None and parked.blocks and complete and blocks < most:
-            found.append(parked)
-            blocks += min(parked.blocks, most - blocks)
-            free += parked.blocks
+                free += usable
         return found, blocks, free
 
     # Taking.
 
-    def share(self, holding: Holding, found: list[Segment], blocks: int) -> None:
-        """Hold segments that a lookup has found."""
-        for segment in found:
+    def share(self, holding: Holding, found: dict[Segment, int]) -> None:
+        """Hold segments that a lookup has found.
+
+        What is not used of an idle one stays free; nobody finds it there any more, except that who
+        computes it again publishes it again.
+        """
+        for segment, used in found.items():
             if not segment.users:
                 self._cached.pop(segment)
                 if segment is self._junk:
                     self._junk = None
-                self.free -= segment.blocks
+                if segment.blocks > used:
+                    self._append(segment.blocks - used, None)
+                    segment.blocks = used
+                self.free -= used
             segment.users += 1
+            holding.shared += used
         holding.segments = [*holding.segments, *found]
-        holding.shared = blocks
 
     def take(self, blocks: int) -> None:
         """Use free blocks, of which there are enough: blank ones first, then the oldest cached."""
@@ -203,9 +211,11 @@ class KVBlocks:
             # Only a block that is full can be found again.
             full = max(0, min(private, tokens // self.block_tokens - holding.shared))
             self._blank += private - full
+            holding.parked_at = holding.shared
             if park and holding.segments and holding.segments[-1].table is None:
                 found_again = holding.segments[-1]
                 holding.segments = holding.segments[:-1]
+                holding.parked_at -= found_again.blocks
                 self.free += found_again.blocks
                 full += found_again.blocks
             if full:

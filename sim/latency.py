@@ -49,7 +49,7 @@ class Coefficient(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class LoadTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds to load an adapter from one tier, by rank."""
 
-    by_rank: Annotated[dict[int, float], msgspec.Meta(min_length=1)]
+    by_rank: Annotated[dict[int, Annotated[float, msgspec.Meta(ge=0)]], msgspec.Meta(min_length=1)]
     source: str
 
     def at(self, rank: int) -> float:
@@ -69,6 +69,7 @@ class EngineDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_model_len: int
     block_size: int
     async_scheduling: bool
     source: str

@@ -15,7 +15,8 @@ from asyncio import events
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextvars import Context, copy_context
-from typing import Any, TypeVar, TypeVarTuple, Unpack, cast
+from heapq import heapify
+from typing import Any, Final, TypeVar, TypeVarTuple, Unpack, cast
 
 import simpy
 
@@ -23,6 +24,9 @@ from sim.environment import Environment
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
+
+
+CANCELLED_MIN: Final = 1024
 
 
 class RanDryError(RuntimeError):
@@ -60,6 +64,7 @@ class SimLoop(asyncio.AbstractEventLoop):
         self._ready: deque[asyncio.Handle] = deque()
         self._failure: BaseException | None = None
         self._closed = False
+        self._cancelled = 0  # timers, since they were last taken out
 
     # The clock and the callbacks.
 
@@ -106,8 +111,18 @@ class SimLoop(asyncio.AbstractEventLoop):
         if not handle.cancelled():
             self._ready.append(handle)
 
-    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        """A cancelled timer's event stays in the environment and does nothing."""
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:  # noqa: ARG002
+        """A cancelled timer's event does nothing; where they become many, they are taken out.
+
+        Else a long timeout that is hardly ever reached would keep an event for each request there was.
+        """
+        self._cancelled += 1
+        queue = self.env._queue  # noqa: SLF001
+        if self._cancelled > CANCELLED_MIN and self._cancelled * 2 > len(queue):
+            # In place: the loop that is running holds the list. Keys are unique: the order stays.
+            queue[:] = [entry for entry in queue if not _is_cancelled(entry[3])]
+            heapify(queue)
+            self._cancelled = 0
 
     # Futures and tasks.
 
@@ -207,6 +222,13 @@ def run(env: Environment, main: Coroutine[Any, Any, T]) -> T:
             gathered = _gather(left)
             loop.run_until_complete(gathered)
         loop.close()
+
+
+def _is_cancelled(event: simpy.Event) -> bool:
+    if not event.triggered:
+        return False
+    value: object = event.value
+    return isinstance(value, asyncio.TimerHandle) and value.cancelled()
 
 
 def _outcome(event: simpy.Event) -> Any:  # noqa: ANN401

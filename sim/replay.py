@@ -25,6 +25,7 @@ from sim.engine import EngineRequest
 from sim.environment import Environment
 from sim.fleet import Reports, SimWorkers
 from sim.garbage import few_collections
+from sim.host import Host
 from sim.loop import RanDryError, SimLoop
 from sim.report.summary import Latencies, Slo, latency_figures, outcome_counts
 from sim.report.timeline import Sampler
@@ -139,10 +140,12 @@ class _Ledger:
 class _Model:
     """One base model's router, workers and ledger."""
 
-    def __init__(self, loop: SimLoop, llm: LLMConfig, config: Config, options: Options) -> None:
+    def __init__(
+        self, loop: SimLoop, llm: LLMConfig, config: Config, options: Options, host: Host
+    ) -> None:
         self.llm = llm
         self.workers = SimWorkers(
-            loop, llm, options.workers or llm.replicas, options.hash_block_tokens
+            loop, llm, options.workers or llm.replicas, options.hash_block_tokens, host
         )
         self.ledger = _Ledger(loop, self.workers.by_id)
         policy = POLICIES[options.policy]
@@ -236,12 +239,15 @@ class Replay:
             # Who still waits is counted as unfinished; the caller sees that there are some.
             log.exception("requests wait for what will never happen")
         finally:
+            for model in self._models.values():
+                model.router.close()  # so that what an interrupt leaves behind begins nothing new
             loop.close()
         return self._result(float(env.now))
 
     async def _replay(self, loop: SimLoop) -> None:
+        host = Host()  # of every model: they run on one machine
         for llm in self._config.llm_configs:
-            self._models[llm.model_id] = _Model(loop, llm, self._config, self._options)
+            self._models[llm.model_id] = _Model(loop, llm, self._config, self._options, host)
         for model_id in self._known_models:
             self._find(model_id)
         if self._sampler is not None:

@@ -10,11 +10,12 @@ from statistics import median
 import msgspec
 
 from engine_worker.protocol import Info
-from sim.calibrate.fit import Fit
+from sim.calibrate.fit import Estimate, Fit
 from sim.calibrate.measure import LoadSeen
 from sim.latency import Calibration, Coefficient, EngineDefaults, LoadTimes
 
 STORE_LATENCY_S = 0.03
+NOTHING = 1e-12  # below it a coefficient is what the solver calls 0
 STORE_BYTES_PER_S = 1e9
 
 
@@ -27,12 +28,7 @@ def calibration(
         f"`{command}`"
     )
     coefficients = {
-        key: Coefficient(
-            estimate.value,
-            measured if estimate.interval else "not measured: the run did not vary it",
-            estimate.interval,
-        )
-        for key, estimate in fit.estimates.items()
+        key: _coefficient(estimate, measured) for key, estimate in fit.estimates.items()
     }
     rank = max(1, info.max_lora_rank)
     return Calibration(
@@ -44,6 +40,7 @@ def calibration(
         defaults=EngineDefaults(
             max_num_seqs=info.max_num_seqs,
             max_num_batched_tokens=info.max_num_batched_tokens,
+            max_model_len=info.max_model_len,
             block_size=info.block_size,
             async_scheduling=info.async_scheduling,
             source="read from the measured engine: its defaults, or what it was started with",
@@ -68,6 +65,16 @@ def calibration(
         load_disk_s=_load_times(loads, "disk", rank),
         **coefficients,
     )
+
+
+def _coefficient(estimate: Estimate, measured: str) -> Coefficient:
+    if estimate.interval is None:
+        return Coefficient(estimate.value, "not measured: the run did not vary it")
+    low, high = (0.0 if bound < NOTHING else bound for bound in estimate.interval)
+    value = 0.0 if estimate.value < NOTHING else estimate.value
+    if low < high / 100:
+        measured += "; this run does not tell it apart from 0"
+    return Coefficient(value, measured, (min(low, value), max(high, value)))
 
 
 def _load_times(loads: Sequence[LoadSeen], tier: str, rank: int) -> LoadTimes:

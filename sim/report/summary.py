@@ -43,11 +43,13 @@ class Latencies:
         self.e2e_s = array("d")
         self.outcomes: dict[Outcome, int] = dict.fromkeys(Outcome, 0)
         self.good = 0
+        self._ended = 0
         self.single = 0  # answers of one token: they have no gap to measure
 
     def answered(self, *, ttft_s: float, e2e_s: float, tokens: int, slo: Slo) -> None:
         """One request was answered in full."""
         self.outcomes[Outcome.COMPLETED] += 1
+        self._ended += 1
         self.ttft_s.append(ttft_s)
         self.e2e_s.append(e2e_s)
         itl_s = 0.0
@@ -62,11 +64,12 @@ class Latencies:
     def lost(self, outcome: Outcome) -> None:
         """One request was not answered."""
         self.outcomes[outcome] += 1
+        self._ended += 1
 
     @property
     def ended(self) -> int:
         """Requests that ended, well or not."""
-        return sum(self.outcomes.values())
+        return self._ended
 
 
 def distribution(values: Sequence[float], offered: int) -> dict[str, float | None]:

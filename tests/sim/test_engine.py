@@ -104,23 +104,23 @@ def test_a_full_batch_lets_wait() -> None:
 
 def test_a_whole_prompt_must_fit_to_be_admitted() -> None:
     env = Environment()
-    model = engine(env)  # 900 tokens: 56 blocks of 16
+    model = engine(env)  # 900 tokens: 56 blocks of 16, one of them vLLM's null block
     requests = [request(350, 50) for _ in range(3)]  # prompts of 22 blocks
     for item in requests:
         model.submit(item)
     env.run(until=0.5)
     assert (model.running, model.waiting) == (2, 1)
-    assert model.kv_usage == pytest.approx(44 / 56)
+    assert model.kv_usage == pytest.approx(44 / 55)
     env.run()
     assert all(item.finished for item in requests)
-    assert not model.fits(request(900, 1)), "never"
+    assert not model.fits(request(881, 1)), "never"
     assert not engine(env, max_model_len=20).fits(request(15, 6))
 
 
 def test_who_was_admitted_last_is_preempted_and_computed_again() -> None:
     env = Environment()
     # 4 blocks of 16; two prompts of 16 and one token each that decodes into a second block.
-    model = engine(env, num_gpu_blocks_override=4, enable_prefix_caching=False)
+    model = engine(env, num_gpu_blocks_override=5, enable_prefix_caching=False)
     first, second = request(16, 30), request(16, 30)
     model.submit(first)
     model.submit(second)
@@ -139,7 +139,7 @@ def test_who_was_admitted_last_is_preempted_and_computed_again() -> None:
 
 def test_a_preempted_request_finds_what_nobody_took() -> None:
     env = Environment()
-    model = engine(env, num_gpu_blocks_override=4)
+    model = engine(env, num_gpu_blocks_override=5)
     first, second = request(16, 20), request(16, 20)
     model.submit(first)
     model.submit(second)
@@ -174,7 +174,7 @@ def test_a_prefix_is_computed_once_for_each_adapter() -> None:
 
 def test_the_least_recently_used_prefix_goes_first_and_its_end_before_its_beginning() -> None:
     env = Environment()
-    model = SimEngine(env, latency(), EngineLimits(num_gpu_blocks_override=10), segment_tokens=64)
+    model = SimEngine(env, latency(), EngineLimits(num_gpu_blocks_override=11), segment_tokens=64)
 
     def run(prompt: int, hash_ids: tuple[int, ...]) -> int:
         before = model.counters.cached_tokens
@@ -186,8 +186,43 @@ def test_the_least_recently_used_prefix_goes_first_and_its_end_before_its_beginn
     run(64, (2,))
     assert run(65, (1,)) == 64, "used again: 2 is the oldest now"
     assert run(96, ()) == 0  # takes 2 blank blocks and all 4 of the oldest
+    assert run(17, ()) == 0  # the oldest is 1 now: takes the last 2 of its 4
+    assert run(65, (1,)) == 32
     assert run(65, (2,)) == 0
-    assert run(65, (1,)) == 0 or model.kv.free == 10
+
+
+def test_a_preempted_request_with_shared_prefixes_comes_back() -> None:
+    env = Environment()
+    # Found by a reviewer: what it left behind and what it shares overlapped, and it never fitted again.
+    model = SimEngine(
+        env,
+        latency(),
+        EngineLimits(num_gpu_blocks_override=21, block_size=4),
+        segment_tokens=40,
+    )
+    model.submit(request(40, 1, None, (1,)))
+    env.run()
+    long = request(7, 39, None, (1,))
+    others = [request(40, 20, None, (number,)) for number in (2, 3)]
+    for item in (long, *others):
+        model.submit(item)
+    env.run()
+    assert all(item.finished for item in (long, *others))
+    assert model.counters.preemptions > 0
+    assert (model.kv.free, model.kv.blank + model.kv.cached) == (20, 20)
+
+
+def test_a_load_is_told_even_if_its_batch_is_aborted() -> None:
+    env = Environment()
+    model = engine(env)
+    running = request(10, 100)
+    model.submit(running)
+    env.run(until=1.0)
+    loaded = model.load("a")
+    env.run(until=3.0)
+    model.abort(running)
+    env.run(loaded)
+    assert list(model.gpu) == ["a"]
 
 
 def test_an_adapter_too_many_is_passed_by_and_starves_while_others_come() -> None:
@@ -293,8 +328,8 @@ def test_an_abort_frees_what_it_held_at_the_next_boundary() -> None:
 
 def test_engines_of_one_host_slow_each_other() -> None:
     env = Environment()
-    host = Host(0.5)
-    one, other = (SimEngine(env, latency(), EngineLimits(), host=host) for _ in range(2))
+    host, model = Host(), latency(host_contention=0.5)
+    one, other = (SimEngine(env, model, EngineLimits(), host=host) for _ in range(2))
     alone = request(100, 5)
     one.submit(alone)
     env.run(until=3.0)
@@ -344,7 +379,7 @@ LIMITS = st.builds(
     max_loras=st.sampled_from([1, 2]),
     max_cpu_loras=st.sampled_from([0, 3]),
     block_size=st.sampled_from([4, 16]),
-    num_gpu_blocks_override=st.sampled_from([0, 30, 110]),
+    num_gpu_blocks_override=st.sampled_from([0, 11, 21, 31, 111]),
     enable_prefix_caching=st.booleans(),
     async_scheduling=st.booleans(),
 )
@@ -359,13 +394,16 @@ def play(
 ) -> list[tuple[object, ...]]:
     """Everything that happens, with its moment: first tokens, ends, loads; and what was counted."""
     env = Environment()
-    model = latency(kv_read_per_token_s=0.0007, prefill_per_pair_s=0.00013)
+    model = latency(
+        kv_read_per_token_s=0.0007, prefill_per_pair_s=0.00013, host_contention=contention
+    )
     seen: list[tuple[object, ...]] = []
-    host = Host(contention)
+    host = Host()
     engines = [
         SimEngine(env, model, limits, host=host, segment_tokens=64, jump=jump) for _ in range(3)
     ]
     requests: list[tuple[SimEngine, EngineRequest]] = []
+    loads: list[simpy.Event] = []
 
     def submit(
         which: int,
@@ -407,6 +445,7 @@ def play(
             loaded = engines[which].load(adapter or "a")
             assert loaded.callbacks is not None
             loaded.callbacks.append(lambda _: seen.append(("load", number, env.now)))
+            loads.append(loaded)
         elif what == "unload":
             engines[which].evict(adapter or "b")
         elif requests:
@@ -418,6 +457,7 @@ def play(
         moment += entry[0]
         env.at(moment, happen, value=entry)
     env.run()
+    assert all(load.processed for load in loads)
     for one in engines:
         assert (one.running, one.waiting, one.kv.free) == (0, 0, one.kv.total)
         assert one.kv.blank + one.kv.cached == one.kv.total

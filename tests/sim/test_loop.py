@@ -107,3 +107,23 @@ def test_there_are_no_sockets() -> None:
 
     with pytest.raises(NotImplementedError):
         simulate(main())
+
+
+def test_cancelled_timers_do_not_pile_up() -> None:
+    async def main() -> int:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, SimLoop)
+        fired: list[int] = []
+        for number in range(20_000):
+            timer = loop.call_later(1e6, fired.append, number)
+            kept = (
+                loop.call_later(1 + number % 7, fired.append, number) if number % 100 == 0 else None
+            )
+            timer.cancel()
+            del kept
+        await asyncio.sleep(10)
+        assert len(fired) == 200
+        assert fired == sorted(fired, key=lambda number: (number % 7, number))
+        return len(loop.env._queue)
+
+    assert simulate(main()) < 3000

@@ -36,7 +36,7 @@ def calibration(**changed: float) -> Calibration:
         model="none",
         machine="none",
         date="2026-01-01",
-        defaults=EngineDefaults(256, 2048, 16, async_scheduling=False, source=WHY),
+        defaults=EngineDefaults(256, 2048, 131072, 16, async_scheduling=False, source=WHY),
         load_host_s=LoadTimes({8: 0.25}, WHY),
         load_disk_s=LoadTimes({8: 4.0}, WHY),
         **coefficients,
