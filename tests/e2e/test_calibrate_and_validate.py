@@ -15,12 +15,24 @@ import yaml
 from adapter_files import write_adapter
 from deployment import ROOT, wait_until
 
-from sim.__main__ import main as sim
 from sim.latency import LatencyModel, read_calibration
 
 pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("calibrate")]
 LISTENING = re.compile(r"http://\S+")
 KWARGS = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8, "max_model_len": 4096}
+
+
+def sim(*arguments: object) -> "subprocess.CompletedProcess[str]":
+    """`python -m sim`, as a user runs it."""
+    return subprocess.run(
+        [sys.executable, "-m", "sim", *map(str, arguments)],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 def is_healthy(url: str) -> bool:
@@ -57,21 +69,23 @@ def worker(folder: Path) -> Iterator[str]:
 
 
 def test_a_running_worker_is_measured_and_the_calibration_can_be_simulated(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
 ) -> None:
     adapter = write_adapter(tmp_path / "adapter")
     out = tmp_path / "mine.json"
     with worker(tmp_path) as url:
-        command = ["calibrate", url, "--out", str(out), "--quick", "--rounds", "1"]
-        assert sim(command) == 2, "an engine with adapters is to be given one"
-        assert "--adapter FOLDER" in capsys.readouterr().err
-        command += ["--adapter", str(adapter)]
-        assert sim(command) == 0
+        command = ["calibrate", url, "--out", out, "--quick", "--rounds", "1"]
+        without = sim(*command)
+        assert without.returncode == 2, "an engine with adapters is to be given one"
+        assert "--adapter FOLDER" in without.stderr
+        command += ["--adapter", adapter]
+        measured = sim(*command)
+        assert measured.returncode == 0, measured.stderr
         first = out.read_bytes()
-        capsys.readouterr()
         # What was seen is kept: a second run only fits again, to the same numbers.
-        assert sim(command) == 0
-        assert "already" in capsys.readouterr().err
+        again = sim(*command)
+        assert again.returncode == 0, again.stderr
+        assert "already" in again.stderr
     assert out.read_bytes() == first
     made = read_calibration(str(out))
     assert (made.engine, made.model) == ("emulated 1", "m")
@@ -80,14 +94,13 @@ def test_a_running_worker_is_measured_and_the_calibration_can_be_simulated(
     assert LatencyModel(made, slots=2, rank_max=8).step_s(running=4, adapters=1) > 0
 
 
-def test_nobody_there_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert sim(["calibrate", "http://127.0.0.1:9", "--out", str(tmp_path / "x.json")]) == 2
-    assert "http://127.0.0.1:9" in capsys.readouterr().err
+def test_nobody_there_is_said(tmp_path: Path) -> None:
+    alone = sim("calibrate", "http://127.0.0.1:9", "--out", tmp_path / "x.json")
+    assert alone.returncode == 2
+    assert alone.stderr.startswith("error: http://127.0.0.1:9")
 
 
-def test_a_real_run_is_compared_with_its_simulation(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_real_run_is_compared_with_its_simulation(tmp_path: Path) -> None:
     for number in range(6):
         write_adapter(tmp_path / "store" / f"adapter-{number}")
     config = {
@@ -128,7 +141,9 @@ def test_a_real_run_is_compared_with_its_simulation(
         *("--json", str(figures), "--report", str(report)),
     ]
     # 0 or 1: whether the machine was quiet enough is not what is tested.
-    assert sim(command) in {0, 1}
+    done = sim(*command)
+    assert done.returncode in {0, 1}, done.stderr
+    assert "slots: real against simulated" in done.stdout
     told = json.loads(figures.read_text())["figures"]
     by_name = {(one["case"], one["group"], one["name"]): one for one in told}
     for case in ("steady", "slots"):
@@ -139,10 +154,8 @@ def test_a_real_run_is_compared_with_its_simulation(
         asked = by_name[case, "adapters", "hits"]
         assert all(value <= 8 for value in asked["real"])
     assert "| e2e_s p50 |" in report.read_text()
-    assert "slots: real against simulated" in capsys.readouterr().out
     # With the recording at hand nothing is run again, and the same is found.
     before = figures.read_bytes()
-    assert sim(command) in {0, 1}
-    assert "nothing is run" in capsys.readouterr().err
+    assert "nothing is run" in sim(*command).stderr
     again = json.loads(figures.read_bytes())["figures"]
     assert again == json.loads(before)["figures"]
