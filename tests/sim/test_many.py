@@ -106,7 +106,7 @@ def test_an_interrupt_ends_every_process_quietly(tmp_path: Path) -> None:
         text=True,
         start_new_session=True,
         # A shell's background jobs ignore SIGINT, and so would what they start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
     ) as process:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         deadline = time.monotonic() + 60
