@@ -7,7 +7,8 @@ import os
 import resource
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,12 @@ async def recording(
         await recorder.aclose()
 
 
+def run_apart(main: Coroutine[Any, Any, None]) -> None:
+    """Run in a thread: `asyncio.run` in this one drops the loop that pytest-asyncio keeps there."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(asyncio.run, main).result()
+
+
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -121,7 +128,7 @@ def test_rows_stand_in_order_of_arrival_and_counts_add_up(
         assert run.metric("rows") == len(sink.rows)
         assert run.metric("rows") + run.dropped == ended + len(running)
 
-    asyncio.run(run())
+    run_apart(run())
     rows = [json.loads(row) for row in sink.rows]
     assert [row["extra"]["id"] for row in rows] == [f"id-{n + 1}" for n in range(len(rows))]
     times = [row["timestamp"] for row in rows]
@@ -512,7 +519,7 @@ def test_a_recording_replays(tmp_path: Path) -> None:
             for outcome in Outcome:
                 run.end(run.begin(), outcome)
 
-    asyncio.run(record())
+    run_apart(record())
     assert main(["replay", str(path), "--json", str(out)]) == 0
     result = json.loads(out.read_text())
     assert result["requests"] == result["completed"] == len(Outcome)
