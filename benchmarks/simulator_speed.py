@@ -33,6 +33,8 @@ def main() -> None:
     """Replay in processes of their own, so that each reports its own memory."""
     top = parser("simulator_speed", __doc__.partition("\n")[0])
     arguments = top.parse_args()
+    if not next(iter(read(MOONCAKE))).hash_ids:
+        raise SystemExit(f"{MOONCAKE} has no hash ids: it is not the Mooncake trace")
     eight = ("--adapters", "200", "--workers", "8")
     rows, data = [], []
     with tempfile.TemporaryDirectory() as name:

@@ -396,6 +396,10 @@ class EmulatedWorker:
         prompt_tokens: int | None = None,
     ) -> web.StreamResponse:
         model = body.model or self._model_id
+        if tokens > self._max_model_len:  # before so many words are made
+            raise WorkerError(
+                400, f"{tokens} tokens are more than this model's context of {self._max_model_len}"
+            )
         pieces = answer_words(model, weights, prompt, tokens)
         if prompt_tokens is None:
             prompt_tokens = count_tokens(prompt)

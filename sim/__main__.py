@@ -1,6 +1,7 @@
 """`python -m sim COMMAND`: reads the command line, and says what is wrong in one line."""
 
 import argparse
+import signal
 import sys
 from typing import Final
 
@@ -52,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     arguments = parser().parse_args(argv)
-    errors = Console(stderr=True)
+    errors = Console(stderr=True, emoji=False)
     try:
         status: int = arguments.run(arguments, errors)
     except USER_ERRORS as error:
@@ -65,4 +66,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Ended by a signal is interrupted: processes that were started are stopped, nothing is half done.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

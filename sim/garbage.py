@@ -17,7 +17,6 @@ THRESHOLD: Final = 70_000
 def few_collections() -> Iterator[None]:
     """Collect seldom inside; what lives already is not looked at again."""
     before = gc.get_threshold()
-    gc.collect()
     gc.freeze()
     gc.set_threshold(THRESHOLD, *before[1:])
     try:

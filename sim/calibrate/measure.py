@@ -8,14 +8,16 @@ request to the engine and of a token back, is a constant of its own (`request_ov
 import asyncio
 import contextlib
 import math
+import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from itertools import pairwise
 from typing import Final, TypeAlias, assert_never
 
+import aiohttp
 import msgspec
 
 from sim.calibrate.design import DECODE_TOKENS, Decode, Load, Point, Prompt
-from sim.calibrate.target import Stream, Target
+from sim.calibrate.target import Stream, Target, TargetError
 
 PARTS: Final = 3  # of a window in which all decode
 NEIGHBOUR_STREAMS: Final = 4
@@ -56,6 +58,7 @@ class Bench:
         self._path = adapter_path
         self._loaded: dict[Target, list[str]] = {}
         self._names = 0
+        self._run = f"{time.time_ns():x}"  # what an earlier, killed run left loaded has other names
 
     async def warm_up(self) -> None:
         """Let every engine compile, allocate and connect before anything counts."""
@@ -101,7 +104,7 @@ class Bench:
     async def _load_new(self, target: Target, evict: Iterable[str] = ()) -> str:
         assert self._path is not None
         self._names += 1
-        name = f"{target.info.model_id}:calibrate-{self._names}"
+        name = f"{target.info.model_id}:calibrate-{self._run}-{self._names}"
         await target.load(name, self._path, tuple(evict))
         return name
 
@@ -112,7 +115,7 @@ class Bench:
         loaded = self._loaded.setdefault(target, [])
         victim = [loaded.pop()] if len(loaded) >= target.info.max_loras else []
         self._names += 1
-        name = f"{target.info.model_id}:calibrate-{self._names}"
+        name = f"{target.info.model_id}:calibrate-{self._run}-{self._names}"
         load_s = await target.load(name, self._path, victim)
         loaded.append(name)
         if tier == "host" and victim:
@@ -148,7 +151,8 @@ class Bench:
         """Drop what was loaded."""
         for target, names in self._loaded.items():
             for name in names:
-                await target.unload(name)
+                with contextlib.suppress(TargetError, aiohttp.ClientError, OSError):
+                    await target.unload(name)  # where the engine is gone, so are they
         self._loaded.clear()
 
 

@@ -24,6 +24,7 @@ class Head(msgspec.Struct, frozen=True):
     rounds: int
     quick: bool
     neighbours: int
+    adapter: str = ""
 
 
 class _Line(msgspec.Struct, frozen=True):

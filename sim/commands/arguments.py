@@ -16,6 +16,7 @@ from sim.traces import BadRows, Reading, TimeUnit
 from sim.traces.jsonl import MODEL
 from sim.workload import DEFAULT_LOCALITY
 
+ADAPTERS_MAX = 10_000_000
 DEFAULT_CONFIG = Path(__file__).parents[1] / "default.yaml"
 
 
@@ -32,7 +33,7 @@ def add_workload(command: argparse.ArgumentParser) -> None:
     command.add_argument("--workers", type=positive, help="instead of min_replicas")
     command.add_argument(
         "--adapters",
-        type=natural,
+        type=adapters,
         default=0,
         metavar="N",
         help="give requests that name no adapter one of N",
@@ -170,10 +171,16 @@ def options(arguments: argparse.Namespace, policy: str, hash_block_tokens: int) 
     )
 
 
-def check_writable(option: str, path: Path | None) -> None:
-    """Find out before the run what would lose its result. Raises `ConfigError`."""
+def check_writable(option: str, path: Path | None, *others: Path | None) -> None:
+    """Find out before the run what would lose its result, or one of the `others`.
+
+    Those are what is read, and what else is written. Raises `ConfigError`.
+    """
     if path is None:
         return
+    for other in others:
+        if other is not None and path.resolve() == other.resolve():
+            raise ConfigError(f"{option}: {path} is needed for something else; name another file")
     if path.is_dir():
         raise ConfigError(f"{option}: {path} is a folder; name a file in it")
     if not path.parent.is_dir():
@@ -228,6 +235,14 @@ def _number(text: str, least: float, most: float) -> float:
         raise argparse.ArgumentTypeError(f"{text} is not a number") from None
     if not least <= value <= most:
         raise argparse.ArgumentTypeError(f"{text} is not between {least:g} and {most:g}")
+    return value
+
+
+def adapters(text: str) -> int:
+    """How many adapters: what fits into memory."""
+    value = _whole(text, 0)
+    if value > ADAPTERS_MAX:
+        raise argparse.ArgumentTypeError(f"{text} is above {ADAPTERS_MAX:,}")
     return value
 
 

@@ -131,13 +131,16 @@ async def _measure(arguments: argparse.Namespace, errors: Console) -> tuple[Info
             for url in arguments.beside
         ]
         info = target.info
+        if target.url in {one.url for one in beside}:
+            raise TargetError(f"--beside {target.url} is the engine that is measured; name another")
         if info.max_loras and arguments.adapter is None:
             raise TargetError(
                 f"{target.url} serves adapters; give one with --adapter FOLDER, so that its terms "
                 "can be measured"
             )
+        path = str(arguments.adapter.resolve()) if arguments.adapter else None
         todo = rounds(_bounds(target, beside), arguments.rounds, quick=arguments.quick)
-        head = Head(info, arguments.rounds, arguments.quick, len(beside))
+        head = Head(info, arguments.rounds, arguments.quick, len(beside), path or "")
         session = Session(arguments.out.with_suffix(".observations.jsonl"), head)
         if session.done:
             errors.print(
@@ -145,7 +148,6 @@ async def _measure(arguments: argparse.Namespace, errors: Console) -> tuple[Info
                 "it to measure anew",
                 highlight=False,
             )
-        path = str(arguments.adapter.resolve()) if arguments.adapter else None
         bench = Bench(target, beside, path)
         try:
             await _run(bench, todo, session, errors)

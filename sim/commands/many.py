@@ -27,8 +27,9 @@ from sim.variants import Base
 
 def check_files(arguments: argparse.Namespace) -> None:
     """Find out before hours of work what would lose their result. Raises `ConfigError`."""
-    for option, path in (("--json", arguments.json), ("--report", arguments.report)):
-        shared.check_writable(option, path)
+    read_too = (arguments.trace, arguments.config)
+    shared.check_writable("--json", arguments.json, *read_too)
+    shared.check_writable("--report", arguments.report, *read_too, arguments.json)
 
 
 @contextmanager

@@ -70,8 +70,9 @@ def run(arguments: argparse.Namespace, errors: Console) -> int:
 def replay(arguments: argparse.Namespace, errors: Console) -> dict[str, Any]:
     """Run one replay and write its files."""
     config = load(arguments.config)
-    for option, path in (("--json", arguments.json), ("--report", arguments.report)):
-        shared.check_writable(option, path)
+    read_too = (arguments.trace, arguments.config)
+    shared.check_writable("--json", arguments.json, *read_too)
+    shared.check_writable("--report", arguments.report, *read_too, arguments.json)
     reading = shared.reading(arguments)
     summary = scan(arguments.trace, limit=arguments.limit, reading=reading)
     shared.tell_skipped(errors, summary.bad)

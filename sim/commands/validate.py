@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import platform
 import re
@@ -109,22 +110,42 @@ def run(arguments: argparse.Namespace, errors: Console) -> int:
     evictions_file = record.with_suffix(".evictions.json")
     if record.exists():
         errors.print(f"comparing with {record}; nothing is run", highlight=False)
-        evictions = json.loads(evictions_file.read_text(encoding="utf-8"))
     else:
-        evictions = asyncio.run(_real(arguments, config, cases, record, errors))
-        evictions_file.write_text(json.dumps(evictions), encoding="utf-8")
-    found = _compare(arguments, config, cases, record, evictions, errors)
+        # Under its own name only when it is whole: an interrupted run is begun anew.
+        partial = record.with_suffix(".partial.jsonl")
+        partial.unlink(missing_ok=True)
+        told = asyncio.run(_real(arguments, config, cases, partial, errors))
+        evictions_file.write_text(json.dumps(told), encoding="utf-8")
+        partial.rename(record)
+    try:
+        evictions = json.loads(evictions_file.read_text(encoding="utf-8"))
+        found = _compare(arguments, config, cases, record, evictions, errors)
+    except (KeyError, ValueError, IndexError, msgspec.DecodeError) as error:
+        raise ValidateError(
+            f"{record} is no recording of these cases and runs ({type(error).__name__}: {error}); "
+            "remove it, or name the --cases and --runs that it was made with"
+        ) from None
     if not arguments.record:
         record.unlink()
         evictions_file.unlink()
     print_comparisons(Console(), found)
     about = _about(config.llm_configs[0], arguments)
     if arguments.json is not None:
-        data = {**about, "figures": [msgspec.to_builtins(one) for one in found]}
-        arguments.json.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        data = {**about, "figures": [_finite(msgspec.to_builtins(one)) for one in found]}
+        text = json.dumps(data, indent=2, allow_nan=False)
+        arguments.json.write_text(text + "\n", encoding="utf-8")
     if arguments.report is not None:
         arguments.report.write_text(markdown(found, about, cases), encoding="utf-8")
     return 0 if all(one.met is not False for one in found) else 1
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401  (JSON)
+    """JSON has no infinity: null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def _label(case: Case, number: int) -> str:

@@ -43,9 +43,14 @@ class Comparison(msgspec.Struct, frozen=True):
 
     @property
     def met(self) -> bool | None:
-        """Whether it is near enough, where a goal says what that is."""
-        if self.goal is None or self.error is None:
+        """Whether it is near enough, where a goal says what that is.
+
+        A figure that is infinite, because requests were not answered, is not.
+        """
+        if self.goal is None:
             return None
+        if self.error is None:
+            return False
         return self.error <= max(self.goal, self.noise or 0.0)
 
 

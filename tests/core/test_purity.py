@@ -86,7 +86,7 @@ def same(one: ast.AST, other: ast.AST) -> bool:
 
 SIM = CORE.parents[1] / "sim"
 # Who measures real engines, and who tells a person how long a command took; they simulate nothing.
-OF_THE_REAL_WORLD = ("calibrate/", "validate/", "commands/", "pool.py")
+OF_THE_REAL_WORLD = ("calibrate/", "validate/", "commands/", "pool.py", "__main__.py")
 CLOCKS = {"time", "datetime", "sched", "timeit", "threading", "signal"}
 CLOCK_NAMES = {"perf_counter", "monotonic", "time_ns", "now", "utcnow", "today", "sleep"}
 SIMULATED = [

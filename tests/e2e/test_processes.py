@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from adapter_files import write_adapter
+from apart import run_apart
 from conftest import (
     ADAPTERS,
     MODEL,
@@ -136,7 +137,7 @@ def test_a_killed_worker_is_replaced_and_its_requests_go_elsewhere(
                 os.kill(guardians[0], signal.SIGKILL)
                 return await asyncio.gather(*tasks)
 
-        answers = asyncio.run(load())
+        answers = run_apart(load())
         assert {status for status, _ in answers} == {200}
         assert deployment.metric("lorayard_retries_total") >= 1
         wait_until(
@@ -222,7 +223,7 @@ def test_no_capacity_is_503_with_retry_after(tmp_path: Path, adapters: Path) -> 
                     return_exceptions=True,
                 )
 
-        results = asyncio.run(three())
+        results = run_apart(three())
         codes = sorted(getattr(result, "code", "ok") or "ok" for result in results)
         assert codes == ["ok", "queue_full", "queue_timeout"]
         for result in results:
@@ -343,7 +344,7 @@ def test_two_routers_share_one_cache_folder(tmp_path: Path, adapters: Path) -> N
                 await client.close()
             return list(answers)
 
-        assert len(asyncio.run(burst())) == 48
+        assert len(run_apart(burst())) == 48
     kept = sorted(path.name for path in (tmp_path / "shared" / "adapters" / MODEL).iterdir())
     assert len(kept) == len(ADAPTERS)
 

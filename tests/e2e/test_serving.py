@@ -7,6 +7,7 @@ from typing import Any
 
 import openai
 import pytest
+from apart import run_apart
 from conftest import ADAPTERS, MODEL, Served
 from deployment import wait_until
 
@@ -88,7 +89,7 @@ def test_a_cold_burst_gives_no_error_and_one_load(served: Served) -> None:
                 )
             )
 
-    answers = asyncio.run(burst())
+    answers = run_apart(burst())
     assert {answer.status_code for answer in answers} == {200}
     assert deployment.metric("lorayard_adapter_loads_total", result="ok") == before + 1
     uses = [answer.headers["x-adapter"] for answer in answers]
@@ -129,7 +130,7 @@ def test_churn_evicts_and_every_answer_is_right(served: Served) -> None:
 
             return await asyncio.gather(*(one(model) for model in order))
 
-    answers = asyncio.run(all_of_them())
+    answers = run_apart(all_of_them())
     assert answers == [expected[model] for model in order]
     assert deployment.metric("lorayard_adapter_evictions_total") > before
     assert deployment.metric("lorayard_adapter_loads_total", result="worker") == 0
@@ -231,7 +232,7 @@ def test_a_client_that_leaves_ends_its_work_in_the_engine(served: Served) -> Non
                 break
             await stream.close()
 
-    asyncio.run(leave_early())
+    run_apart(leave_early())
 
     def idle() -> bool:
         return (

@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from adapter_files import write_adapter
+from apart import run_apart
 
 from engine_worker.protocol import AdapterId, Info, LoadReply, LoadRequest, State, UnloadRequest
 from engine_worker.service import StateFeed, Tiers, WorkerError, WorkerService
@@ -152,7 +153,7 @@ def test_the_token(token: str | None, header: str | None, accepted: bool) -> Non
     async def main() -> bool:
         return Bench(token=token).service.authorized(header)
 
-    assert asyncio.run(main()) is accepted
+    assert run_apart(main()) is accepted
 
 
 async def test_the_state_is_pushed_at_every_change_and_while_busy() -> None:

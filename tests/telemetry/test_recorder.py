@@ -7,13 +7,13 @@ import os
 import resource
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from apart import run_apart
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -78,12 +78,6 @@ async def recording(
         yield Run(recorder, metrics)
     finally:
         await recorder.aclose()
-
-
-def run_apart(main: Coroutine[Any, Any, None]) -> None:
-    """Run in a thread: `asyncio.run` in this one drops the loop that pytest-asyncio keeps there."""
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(asyncio.run, main).result()
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
