@@ -33,21 +33,19 @@ def main() -> None:
     """Replay in processes of their own, so that each reports its own memory."""
     top = parser("simulator_speed", __doc__.partition("\n")[0])
     arguments = top.parse_args()
-    if not next(iter(read(MOONCAKE))).hash_ids:
-        raise SystemExit(f"{MOONCAKE} has no hash ids: it is not the Mooncake trace")
     eight = ("--adapters", "200", "--workers", "8")
     rows, data = [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         cases = [
             Case("Azure, 200 adapters, 8 workers", AZURE, eight, arguments.rounds),
-            Case(
-                "Mooncake, prefix caching, 4 workers",
-                MOONCAKE,
-                ("--workers", "4"),
-                arguments.rounds,
-            ),
         ]
+        if next(iter(read(MOONCAKE))).hash_ids:
+            mooncake = ("--workers", "4")
+            title = "Mooncake, prefix caching, 4 workers"
+            cases.append(Case(title, MOONCAKE, mooncake, arguments.rounds))
+        else:  # whatever stands there, its figures would be called something that they are not
+            print(f"left out: {MOONCAKE.name} has no hash ids, so it is not the Mooncake trace")
         for count in LONG:
             long = folder / f"long-{count}.jsonl"
             repeat(AZURE, long, count)
