@@ -18,6 +18,7 @@ from sim.commands import (
     sweep,
     validate,
 )
+from sim.errors import UserError
 from sim.fleet import EngineArgumentError
 from sim.latency import CalibrationError
 from sim.pool import PoolError
@@ -32,8 +33,7 @@ USER_ERRORS: Final = (
     EngineArgumentError,
     UnknownModelError,
     PoolError,
-    *calibrate.USER_ERRORS,
-    *validate.USER_ERRORS,
+    UserError,
     OSError,
 )
 

@@ -33,11 +33,10 @@ import simpy
 
 from sim.environment import Environment
 from sim.host import PERMILLE, Host
-from sim.kv import NONE, Holding, KVBlocks
+from sim.kv import HASH_BLOCK_TOKENS, NONE, Holding, KVBlocks
 from sim.latency import PICOSECOND, EngineDefaults, LatencyModel, pairs_of, picoseconds
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
-SEGMENT_TOKENS: Final = 512  # what a hash id of the Mooncake traces stands for
 
 
 class EngineLimits(msgspec.Struct, frozen=True):
@@ -191,7 +190,7 @@ class SimEngine:
         limits: EngineLimits,
         *,
         host: Host | None = None,
-        segment_tokens: int = SEGMENT_TOKENS,
+        segment_tokens: int = HASH_BLOCK_TOKENS,
         on_change: Callable[[], None] | None = None,
         jump: bool = True,
     ) -> None:

@@ -31,6 +31,8 @@ class Segment:
         self.key = key
 
 
+# Prompt tokens that a hash id of a Mooncake trace stands for.
+HASH_BLOCK_TOKENS: Final = 512
 NONE: Final[list[Segment]] = []  # shared by all who hold no segment, and never changed
 
 

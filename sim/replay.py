@@ -26,10 +26,11 @@ from sim.environment import Environment
 from sim.fleet import Reports, SimWorkers
 from sim.garbage import few_collections
 from sim.host import Host
+from sim.kv import HASH_BLOCK_TOKENS
 from sim.loop import RanDryError, SimLoop
 from sim.report.summary import Latencies, Slo, latency_figures, outcome_counts
 from sim.report.timeline import Sampler
-from sim.traces import HASH_BLOCK, TraceRow
+from sim.traces import TraceRow
 from sim.workload import AdapterDraw
 
 PROGRESS_EVERY: Final = 512
@@ -58,7 +59,7 @@ class Options(msgspec.Struct, frozen=True):
     zipf: float = 1.0
     speed: float = 1.0
     staleness_s: float = STALENESS_S
-    hash_block_tokens: int = HASH_BLOCK
+    hash_block_tokens: int = HASH_BLOCK_TOKENS
     slo: Slo = Slo()
 
 

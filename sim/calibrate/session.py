@@ -11,9 +11,10 @@ import msgspec
 
 from engine_worker.protocol import Info
 from sim.calibrate.measure import Seen
+from sim.errors import UserError
 
 
-class SessionError(Exception):
+class SessionError(UserError):
     """The file holds another measurement. The message says what to do."""
 
 

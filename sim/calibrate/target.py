@@ -23,12 +23,13 @@ from engine_worker.protocol import (
     LoadRequest,
     UnloadRequest,
 )
+from sim.calibrate.prompts import random_prompt
+from sim.errors import UserError
 
-TOKEN_IDS: Final = (100, 1000)  # ordinary tokens in any vocabulary
 NO_TOKEN: Final = b"[DONE]"
 
 
-class TargetError(Exception):
+class TargetError(UserError):
     """The engine cannot be reached or measured. The message says what to do."""
 
 
@@ -53,10 +54,9 @@ class Target:
 
     async def complete(self, prompt_tokens: int, tokens: int, adapter: str | None) -> Stream:
         """Ask for exactly so many tokens after so many, and note when they come."""
-        prompt = [self._random.randrange(*TOKEN_IDS) for _ in range(prompt_tokens)]
         body: dict[str, Any] = {
             "model": adapter or self.info.model_id,
-            "prompt": prompt,
+            "prompt": random_prompt(self._random, prompt_tokens),
             "max_tokens": tokens,
             "ignore_eos": True,
             "temperature": 0,

@@ -10,18 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 from router.config import load
 from sim.commands import arguments as shared
 from sim.replay import Replay
 from sim.report.pages import replay_page
+from sim.report.progress import counted
 from sim.report.table import latency_table, print_table, summary_table, worker_table
 from sim.report.timeline import Sampler
 from sim.traces import read, scan
@@ -81,13 +75,7 @@ def replay(arguments: argparse.Namespace, errors: Console) -> dict[str, Any]:
         arguments, arguments.policy or config.router.policy, summary.hash_block_tokens
     )
     sampler = Sampler(summary.span_s / options.speed) if arguments.report is not None else None
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=errors, transient=True) as progress:
+    with counted(errors) as progress:
         task = progress.add_task(f"replaying {arguments.trace.name}", total=summary.requests)
         started = time.perf_counter()
         simulation = Replay(

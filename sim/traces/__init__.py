@@ -12,6 +12,7 @@ from typing import BinaryIO, Final
 
 import msgspec
 
+from sim.kv import HASH_BLOCK_TOKENS
 from sim.traces.formats import (
     BYTE_ORDER_MARK,
     Reading,
@@ -38,7 +39,6 @@ __all__ = [
 ]
 
 AS_WRITTEN = Reading()
-HASH_BLOCK: Final = 512  # of the Mooncake traces
 LEAST_HASH_BLOCK: Final = 16  # vLLM's own
 
 
@@ -132,7 +132,9 @@ def scan(path: Path, *, limit: int | None = None, reading: Reading = AS_WRITTEN)
         outputs,
         models,
         bad,
-        max(LEAST_HASH_BLOCK, 1 << (math.ceil(widest) - 1).bit_length()) if widest else HASH_BLOCK,
+        max(LEAST_HASH_BLOCK, 1 << (math.ceil(widest) - 1).bit_length())
+        if widest
+        else HASH_BLOCK_TOKENS,
     )
 
 

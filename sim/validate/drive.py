@@ -15,9 +15,9 @@ from typing import Any, Final
 import aiohttp
 import msgspec
 
+from sim.calibrate.prompts import random_prompt
 from sim.traces import TraceRow
 
-TOKEN_IDS: Final = (100, 1000)
 HTTP_OK: Final = 200
 
 
@@ -54,7 +54,7 @@ async def drive(
 def _body(row: TraceRow, random: Random) -> bytes:
     body: dict[str, Any] = {
         "model": row.model,
-        "prompt": [random.randrange(*TOKEN_IDS) for _ in range(row.input_length)],
+        "prompt": random_prompt(random, row.input_length),
         "max_tokens": row.output_length,
         "ignore_eos": True,
         "temperature": 0,
