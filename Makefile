@@ -24,6 +24,8 @@ TORCH_FROM := $(if $(PIP_FIND_LINKS),$(FIND_LINKS),--index-url $(TORCH_CPU_INDEX
 OVERRIDES := --overrides requirements/overrides.txt
 # Most of these tests wait for processes.
 PARALLEL := --numprocesses 3 --dist loadgroup
+# Built as C extensions in place (setup.py): a change of one has to be built again.
+COMPILED := sim/engine.py sim/host.py sim/kv.py
 CACHE := .lorayard
 MODEL := $(CACHE)/smollm2-135m
 
@@ -66,7 +68,7 @@ $(VENV)/bin/uv:
 	@$(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip install -q uv
 
-$(VENV)/.core: $(VENV)/bin/uv pyproject.toml
+$(VENV)/.core: $(VENV)/bin/uv pyproject.toml setup.py $(COMPILED)
 	@echo "==> installing the router"
 	@$(UV) pip install --python $(PY) -q -e .
 	@touch $@
@@ -93,7 +95,7 @@ test: $(VENV)/.test install-engine lint test-lowest test-fast  ## everything: li
 test-fast: $(VENV)/.test  ## all tests that need no vLLM: under a minute
 	$(PY) -m pytest -m "not vllm" $(PARALLEL)
 
-test-lowest: $(VENV)/bin/uv  ## the fast tests on the lowest versions that pyproject.toml allows
+test-lowest: $(VENV)/bin/uv $(VENV)/.core  ## the fast tests on the lowest versions that pyproject.toml allows
 	@test -x $(VENV)-lowest/bin/python || $(UV) venv -q --python $(PYTHON) $(VENV)-lowest
 	@$(UV) pip install -q --python $(VENV)-lowest/bin/python --resolution lowest-direct -e '.[test]'
 	$(VENV)-lowest/bin/python -m pytest -q -m "not vllm" $(PARALLEL)

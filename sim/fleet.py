@@ -11,14 +11,13 @@ import asyncio
 from collections import deque
 
 import msgspec
-import simpy
 
 from router.config import LLMConfig
 from router.core.fleet import Report, Worker
 from router.core.job import AdapterRef
 from router.core.router import Router
 from sim.engine import EngineLimits, SimEngine, engine_limits
-from sim.environment import Environment
+from sim.environment import Environment, Moment
 from sim.host import Host
 from sim.latency import DEFAULT, LatencyModel, read_calibration
 from sim.loop import SimLoop
@@ -70,7 +69,7 @@ class Reports:
             _, worker, report = said.popleft()
             observe(worker, report)
 
-    def _arrive(self, _: simpy.Event) -> None:
+    def _arrive(self, _: Moment) -> None:
         self.due()
 
 

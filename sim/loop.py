@@ -15,12 +15,12 @@ from asyncio import events
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextvars import Context, copy_context
-from heapq import heapify
+from heapq import heapify, heappop
 from typing import Any, Final, TypeVar, TypeVarTuple, Unpack, cast
 
 import simpy
 
-from sim.environment import Environment
+from sim.environment import Environment, Moment
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -38,22 +38,12 @@ class _Handle(asyncio.Handle):
 
     __slots__ = ()
 
-    def __init__(
-        self,
-        callback: Callable[[Unpack[Ts]], object],
-        args: tuple[Unpack[Ts]],
-        context: Context | None,
-    ) -> None:
-        self._context = context if context is not None else copy_context()
-        self._callback = callback
-        self._args = args
-        self._cancelled = False
-        self._repr = None
-        self._source_traceback = None
+    # Never set on one of them.
+    _repr = None
+    _source_traceback = None
 
-    def _run(self) -> None:
-        """Call back; what it raises ends the run."""
-        self._context.run(self._callback, *self._args)
+
+_new_handle: Final[Callable[[type[_Handle]], Any]] = _Handle.__new__
 
 
 class SimLoop(asyncio.AbstractEventLoop):
@@ -79,9 +69,14 @@ class SimLoop(asyncio.AbstractEventLoop):
         context: Context | None = None,
     ) -> asyncio.Handle:
         """Call back before the clock moves."""
-        handle = _Handle(callback, args, context)
+        # As its __init__ would, less a call into Python.
+        handle = _new_handle(_Handle)
+        handle._context = context if context is not None else copy_context()  # noqa: SLF001
+        handle._callback = callback  # noqa: SLF001
+        handle._args = args  # noqa: SLF001
+        handle._cancelled = False  # noqa: SLF001
         self._ready.append(handle)
-        return handle
+        return handle  # type: ignore[no-any-return]  # Any, for its private parts
 
     def call_later(
         self,
@@ -105,9 +100,9 @@ class SimLoop(asyncio.AbstractEventLoop):
         self.env.at(max(when, self.env.now), self._fire, value=handle)
         return handle
 
-    def _fire(self, timeout: simpy.Event) -> None:
-        handle: asyncio.TimerHandle | None = timeout.value
-        assert handle is not None
+    def _fire(self, timeout: Moment) -> None:
+        handle = timeout.value
+        assert isinstance(handle, asyncio.TimerHandle)
         if not handle.cancelled():
             self._ready.append(handle)
 
@@ -162,22 +157,29 @@ class SimLoop(asyncio.AbstractEventLoop):
         if events._get_running_loop() is not None:  # noqa: SLF001
             raise RuntimeError("a simulation cannot be run inside a running event loop")
         main: asyncio.Future[T] = asyncio.ensure_future(cast("Awaitable[T]", future), loop=self)
-        ready, step, scheduled = self._ready, self.env.step, self.env._queue  # noqa: SLF001  (read only)
+        env = self.env
+        ready, scheduled = self._ready, cast("list[Any]", env._queue)  # noqa: SLF001
+        done, next_ready = main.done, ready.popleft
         events._set_running_loop(self)  # noqa: SLF001  (the one way to be the running loop)
         try:
-            while not main.done():
+            while True:
                 while ready:
-                    handle = ready.popleft()
+                    handle: Any = next_ready()
                     if not handle._cancelled:  # noqa: SLF001
-                        handle._run()  # noqa: SLF001  (as every event loop does)
+                        # What it raises ends the run.
+                        handle._context.run(handle._callback, *handle._args)  # noqa: SLF001
                 if self._failure is not None:
                     failure, self._failure = self._failure, None
                     raise failure
-                if main.done():
+                if done():
                     break
                 if not scheduled:
                     raise RanDryError(f"nothing is left to happen at {self.time()} s")
-                step()
+                if type(scheduled[0][3]) is Moment:  # as `env.step` does, less a call
+                    env._now, _, _, happens = heappop(scheduled)  # noqa: SLF001
+                    happens.callback(happens)
+                else:
+                    env.step()
         finally:
             events._set_running_loop(None)  # noqa: SLF001
         return main.result()
@@ -224,11 +226,11 @@ def run(env: Environment, main: Coroutine[Any, Any, T]) -> T:
         loop.close()
 
 
-def _is_cancelled(event: simpy.Event) -> bool:
-    if not event.triggered:
+def _is_cancelled(event: object) -> bool:
+    if not isinstance(event, Moment):
         return False
-    value: object = event.value
-    return isinstance(value, asyncio.TimerHandle) and value.cancelled()
+    handle = event.value
+    return isinstance(handle, asyncio.TimerHandle) and handle.cancelled()
 
 
 def _outcome(event: simpy.Event) -> Any:  # noqa: ANN401

@@ -15,7 +15,7 @@ from random import Random
 import msgspec
 
 from router.core.job import AdapterRef
-from router.core.residency import Phase, Slot, SlotCache
+from router.core.residency import COLD, Slot, SlotCache
 
 
 class Report(msgspec.Struct, frozen=True, gc=False):
@@ -154,7 +154,7 @@ class Fleet:
         worker.completed += 1
         if worker.ready_index < 0:
             self._settle(worker)
-        if slot is not None and slot.phase is not Phase.COLD:
+        if slot is not None and slot.phase is not COLD:
             worker.slots.release(slot)
 
     # An adapter comes and goes.

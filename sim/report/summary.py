@@ -14,6 +14,7 @@ import msgspec
 
 from router.core.job import Outcome
 
+COMPLETED: Final = Outcome.COMPLETED  # by this name at a tenth of the cost (Python 3.11)
 PERCENTILES: Final = {"p50": 50, "p90": 90, "p99": 99}
 
 # The shares of a curve: even over the body, finer towards the tail.
@@ -48,7 +49,7 @@ class Latencies:
 
     def answered(self, *, ttft_s: float, e2e_s: float, tokens: int, slo: Slo) -> None:
         """One request was answered in full."""
-        self.outcomes[Outcome.COMPLETED] += 1
+        self.outcomes[COMPLETED] += 1
         self._ended += 1
         self.ttft_s.append(ttft_s)
         self.e2e_s.append(e2e_s)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from round_numbers import latency
 
 from sim.engine import EngineLimits, EngineRequest, SimEngine
-from sim.environment import Environment
+from sim.environment import Environment, Moment
 from sim.host import Host
 
 
@@ -416,7 +416,7 @@ def play(
     ) -> None:
         number = len(requests)
 
-        def follow(_: simpy.Event) -> None:
+        def follow(_: Moment) -> None:
             submit((which + 1) % 3, output, 1 + prompt // 4, adapter, (), again=False)
 
         def done(item: EngineRequest) -> None:
@@ -435,7 +435,7 @@ def play(
         if engines[which].fits(item):
             engines[which].submit(item)
 
-    def happen(event: simpy.Event) -> None:
+    def happen(event: Moment) -> None:
         entry: Any = event.value
         _, what, which, prompt, output, adapter, hash_ids = entry
         if what == "submit":
