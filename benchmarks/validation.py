@@ -1,69 +1,184 @@
 """How far the simulator is from two real vLLM workers on this machine: `sim validate`, with its parts.
 
-The store holds copies of the demonstration's adapters under twelve names: two workers of four slots
-then have half again as many adapters as slots.
+With `--calibrate FILE.json` the two workers are measured first, started as the router will start them:
+a calibration of another machine, or of another day on a shared one, says nothing of the simulator.
+The store holds copies of the given adapters, half again as many as two workers have slots.
 """
 
 import argparse
+import contextlib
+import json
+import os
 import shutil
+import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Final
+
+import yaml
 
 from benchmarks.support import RESULTS, ROOT, free_port
+from router.config import LLMConfig, load
+from router.workers.devices import device_environment, this_machine
 from sim.__main__ import main as sim
 
-CACHE = ROOT / ".lorayard"
-ADAPTERS = 12
-CONFIG = """\
-# Written by benchmarks/validation.py: two workers as the calibration measured one.
-llm_configs:
-  - model_loading_config: {{model_id: smollm2-135m, model_source: ./smollm2-135m}}
-    lora_config:
-      dynamic_lora_loading_path: ./validation-adapters
-      max_num_adapters_per_replica: 4
-      accepted_base_models: [HuggingFaceTB/SmolLM2-135M-Instruct]
-    engine_kwargs:
-      enable_lora: true
-      max_loras: 4
-      max_lora_rank: 8
-      max_model_len: 2048
-      max_num_seqs: 32
-      dtype: bfloat16
-      enforce_eager: true
-    deployment_config:
-      max_ongoing_requests: 32
-      autoscaling_config: {{min_replicas: 2, max_replicas: 2}}
-    calibration: {calibration}
-router: {{host: 127.0.0.1, port: {port}, policy: affinity, queue_timeout_s: 600, cache_dir: .}}
-"""
+CACHE: Final = ROOT / ".lorayard"
+WORKERS: Final = 2
+BOOT_TIMEOUT_S: Final = 600
+ENGINE_KWARGS: Final[dict[str, Any]] = {
+    "enable_lora": True,
+    "max_loras": 4,
+    "max_lora_rank": 8,
+    "max_model_len": 2048,
+    "max_num_seqs": 32,
+    "dtype": "bfloat16",
+    "enforce_eager": True,
+}
 
 
 def main() -> int:
-    """Prepare the store and the configuration, then validate."""
+    """Prepare the store and the configuration, calibrate if asked to, then validate."""
     top = argparse.ArgumentParser(
         prog="python -m benchmarks.validation",
-        description="Further arguments go to `python -m sim validate`.",
+        description=f"{__doc__} Further arguments go to `python -m sim validate`.",
     )
     top.add_argument("--calibration", default="cpu-smollm2-135m")
+    top.add_argument("--calibrate", type=Path, metavar="FILE.json", help="measure it first")
+    top.add_argument("--rounds", default="2", help="of --calibrate (default 2)")
+    top.add_argument("--model", type=Path, default=CACHE / "smollm2-135m", metavar="FOLDER")
+    top.add_argument("--model-id", default="smollm2-135m")
+    top.add_argument("--accepted-base-model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    top.add_argument(
+        "--adapters",
+        type=Path,
+        default=ROOT / "configs" / "demo-adapters",
+        metavar="FOLDER",
+        help="a folder of adapter folders",
+    )
+    top.add_argument("--engine-kwargs", type=json.loads, default={}, metavar="JSON")
+    top.add_argument("--report", type=Path, default=ROOT / "docs" / "validation.md")
+    top.add_argument("--json", type=Path, default=RESULTS / "validation.json")
     arguments, others = top.parse_known_args()
-    if not (CACHE / "smollm2-135m" / "config.json").exists():
+    if not (arguments.model / "config.json").exists():
         raise SystemExit(
             "no demo model: run `python -m engine_worker.demo build .lorayard/smollm2-135m`"
         )
-    demo = sorted(path for path in (ROOT / "configs" / "demo-adapters").iterdir() if path.is_dir())
-    for number in range(ADAPTERS):
-        copy = CACHE / "validation-adapters" / f"adapter-{number:02d}"
+    arguments.engine_kwargs = {**ENGINE_KWARGS, **arguments.engine_kwargs}
+    config = CACHE / f"validation-{arguments.model_id}.yaml"
+    prepare(arguments, config)
+    if arguments.calibrate is not None:
+        calibrate(arguments, load(config).llm_configs[0])
+    wanted = ["validate", "--config", os.path.relpath(config), *others]
+    files = ["--json", str(arguments.json), "--report", str(arguments.report)]
+    sys.argv[1:] = wanted  # the command that the report shows
+    return sim([*wanted, *files])
+
+
+def prepare(arguments: argparse.Namespace, config: Path) -> None:
+    """Fill the store, and write the configuration of two workers."""
+    slots = arguments.engine_kwargs["max_loras"]
+    given = sorted(path for path in arguments.adapters.iterdir() if path.is_dir())
+    store = CACHE / f"validation-{arguments.model_id}"
+    for number in range(slots * WORKERS * 3 // 2):
+        copy = store / f"adapter-{number:02d}"
         if not copy.exists():
-            shutil.copytree(demo[number % len(demo)], copy)
-    config = CACHE / "validation.yaml"
-    config.write_text(
-        CONFIG.format(calibration=arguments.calibration, port=free_port()), encoding="utf-8"
-    )
-    report = ROOT / "docs" / "validation.md"
-    wanted = ["--config", str(config.relative_to(Path.cwd())), *others]
-    files = ["--json", str(RESULTS / "validation.json"), "--report", str(report)]
-    sys.argv[1:] = ["validate", *wanted]  # the command that the report shows
-    return sim(["validate", *wanted, *files])
+            shutil.copytree(given[number % len(given)], copy)
+    replicas = {"min_replicas": WORKERS, "max_replicas": WORKERS}
+    calibration = arguments.calibration
+    if arguments.calibrate is not None:
+        # Until it is measured there is none to name.
+        calibration = str(arguments.calibrate.resolve()) if arguments.calibrate.exists() else ""
+    llm: dict[str, Any] = {
+        "model_loading_config": {
+            "model_id": arguments.model_id,
+            "model_source": str(arguments.model.resolve()),
+        },
+        "lora_config": {
+            "dynamic_lora_loading_path": str(store),
+            "max_num_adapters_per_replica": slots,
+            "accepted_base_models": [arguments.accepted_base_model],
+        },
+        "engine_kwargs": arguments.engine_kwargs,
+        "deployment_config": {
+            "max_ongoing_requests": arguments.engine_kwargs["max_num_seqs"],
+            "autoscaling_config": replicas,
+        },
+    }
+    if calibration:
+        llm["calibration"] = calibration
+    router = {
+        "host": "127.0.0.1",
+        "port": free_port(),
+        "policy": "affinity",
+        "queue_timeout_s": 600,
+        "cache_dir": str(CACHE),
+    }
+    text = yaml.safe_dump({"llm_configs": [llm], "router": router}, sort_keys=False)
+    config.write_text(f"# Written by benchmarks/validation.py.\n{text}", encoding="utf-8")
+
+
+def calibrate(arguments: argparse.Namespace, llm: LLMConfig) -> None:
+    """Measure one of two workers, the other one busy or not, into `--calibrate`."""
+    adapter = next(path for path in sorted(arguments.adapters.iterdir()) if path.is_dir())
+    with workers(arguments, llm) as (url, beside):
+        shares_the_host = ("--beside", beside) if not this_machine([llm]).gpus else ()
+        status = sim(
+            [
+                *("calibrate", url, *shares_the_host, "--adapter", str(adapter)),
+                *("--out", str(arguments.calibrate), "--rounds", arguments.rounds),
+            ]
+        )
+    if status:
+        raise SystemExit(status)
+    prepare(arguments, CACHE / f"validation-{arguments.model_id}.yaml")
+
+
+@contextlib.contextmanager
+def workers(arguments: argparse.Namespace, llm: LLMConfig) -> Iterator[list[str]]:
+    """Two engine workers on the devices that the router would give them; their URLs."""
+    machine = this_machine([llm])
+    ports = [free_port() for _ in range(WORKERS)]
+    urls = [f"http://127.0.0.1:{port}" for port in ports]
+    started = []
+    try:
+        for number, port in enumerate(ports):
+            with (CACHE / f"calibrate-{number}.log").open("wb") as log:
+                started.append(
+                    subprocess.Popen(
+                        [
+                            *(sys.executable, "-m", "engine_worker", "--port", str(port)),
+                            *("--model", str(arguments.model), "--model-id", arguments.model_id),
+                            *("--engine-kwargs", json.dumps(arguments.engine_kwargs)),
+                        ],
+                        env={**os.environ, **device_environment(llm, number, machine)},
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                    )
+                )
+        deadline = time.monotonic() + BOOT_TIMEOUT_S
+        while not all(answers(url) for url in urls):
+            if time.monotonic() > deadline or any(one.poll() is not None for one in started):
+                raise SystemExit(f"the workers did not come up; see {CACHE}/calibrate-*.log")
+            time.sleep(1)
+        yield urls
+    finally:
+        for one in started:
+            one.terminate()
+        for one in started:
+            one.wait(60)
+
+
+def answers(url: str) -> bool:
+    """Whether a worker is ready."""
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:  # noqa: S310  (loopback)
+            return bool(answer.status == 200)
+    except OSError:
+        return False
 
 
 if __name__ == "__main__":

@@ -11,7 +11,10 @@ import msgspec
 
 DECODE_TOKENS: Final = 24
 BATCHES: Final = (1, 2, 4, 8, 16, 32, 64, 128)
+BATCHES_MANY_ADAPTERS: Final = 32  # in larger ones, one adapter or none: they take the longest
 CONTEXTS: Final = (32, 512, 1536, 6144)
+MIXED_BATCHES: Final = (1, 4, 16, 64)
+MIXED_PROMPTS: Final = (64, 256, 1024)
 PROMPTS: Final = (16, 64, 256, 512, 1024, 2000, 4000, 8000)
 DISTINCT: Final = (1, 2, 4, 8, 16, 32)
 LOADS: Final = 5  # of each tier a round
@@ -33,6 +36,15 @@ class Decode(msgspec.Struct, frozen=True, tag="decode"):
     beside: bool = False
 
 
+class Mixed(msgspec.Struct, frozen=True, tag="mixed"):
+    """So many streams that decode, each after a short prompt, and then a prompt that joins them."""
+
+    requests: int
+    adapters: int
+    prompt: int
+    tokens: int
+
+
 class Prompt(msgspec.Struct, frozen=True, tag="prompt"):
     """One prompt alone, for one token."""
 
@@ -47,7 +59,7 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     tier: str
 
 
-Point: TypeAlias = Decode | Prompt | Load
+Point: TypeAlias = Decode | Mixed | Prompt | Load
 
 
 class Bounds(msgspec.Struct, frozen=True):
@@ -66,7 +78,6 @@ def points(bounds: Bounds, *, quick: bool) -> list[Point]:
     """Every point of one round that the engine allows."""
     longest = bounds.max_model_len - DECODE_TOKENS - 1
     batches = [size for size in BATCHES if size <= bounds.max_num_seqs]
-    batches = batches[:5]
     contexts = [tokens for tokens in CONTEXTS if tokens <= longest]
     distinct = [0, *(count for count in DISTINCT if count <= bounds.max_loras)]
     if quick:
@@ -79,11 +90,20 @@ def points(bounds: Bounds, *, quick: bool) -> list[Point]:
         for context in contexts
         for beside in sides
         if adapters <= requests
+        and (requests <= BATCHES_MANY_ADAPTERS or adapters in {0, 1, distinct[-1]})
         and requests * (context + DECODE_TOKENS) <= bounds.kv_tokens * 0.9
         # Prompts cost time and are not what these points measure: two full steps of them at most.
         and (context == contexts[0] or requests * context <= 2 * bounds.max_num_batched_tokens)
         and (context == contexts[0] or adapters in {0, 1})
         and not (beside and (context != contexts[0] or requests not in BESIDE_BATCHES))
+    ]
+    found += [
+        Mixed(requests, adapters, contexts[0], tokens)
+        for requests in MIXED_BATCHES[:: 2 if quick else 1]
+        if requests < bounds.max_num_seqs
+        for adapters in distinct[:2]
+        for tokens in MIXED_PROMPTS[:: 2 if quick else 1]
+        if tokens <= min(longest, bounds.max_num_batched_tokens - requests)
     ]
     found += [
         Prompt(tokens, adapter, beside)

@@ -10,12 +10,13 @@ NumPy and SciPy come with the extra `calibrate`; nothing else of the simulator n
 """
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, assert_never
 
 import msgspec
 import numpy as np
 from scipy.optimize import least_squares
 
+from sim.calibrate.design import Decode, Mixed
 from sim.calibrate.measure import PromptSeen, StepSeen
 
 NAMES: Final = (
@@ -69,7 +70,7 @@ def fit(
     Raises `ValueError` where there is too little to fit: fewer than three distinct batch sizes or
     prompts.
     """
-    batches = {one.point.requests for one in steps}
+    batches = {one.point.requests for one in steps if isinstance(one.point, Decode)}
     lengths = {one.point.tokens for one in prompts}
     if min(len(batches), len(lengths)) < LEAST_DISTINCT:
         raise ValueError("at least three batch sizes and three prompt lengths have to be measured")
@@ -109,10 +110,7 @@ IS_PROMPT, RUNNING, ADAPTERS, CONTEXT, TOKENS, PAIRS, BESIDE = range(7)
 
 
 def _table(steps: Sequence[StepSeen], prompts: Sequence[PromptSeen]) -> tuple[Matrix, Matrix]:
-    rows: list[tuple[float, ...]] = [
-        (0, one.point.requests, one.point.adapters, one.context, 0, 0, one.point.beside)
-        for one in steps
-    ]
+    rows: list[tuple[float, ...]] = [_step_row(one.point, one.context) for one in steps]
     rows += [
         (
             1,
@@ -127,6 +125,16 @@ def _table(steps: Sequence[StepSeen], prompts: Sequence[PromptSeen]) -> tuple[Ma
     ]
     seen = [one.step_s for one in steps] + [one.ttft_s for one in prompts]
     return np.array(rows, dtype=np.float64), np.array(seen, dtype=np.float64)
+
+
+def _step_row(point: Decode | Mixed, context: float) -> tuple[float, ...]:
+    match point:
+        case Decode():
+            return (0, point.requests, point.adapters, context, 0, 0, point.beside)
+        case Mixed():
+            pairs = point.tokens * (point.tokens + 1) / 2
+            return (0, point.requests + 1, point.adapters, context, point.tokens, pairs, 0)
+    assert_never(point)
 
 
 def _predict(values: Matrix, table: Matrix) -> Matrix:

@@ -10,16 +10,19 @@ import contextlib
 import math
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
+from functools import partial
 from itertools import pairwise
+from statistics import median
 from typing import Final, TypeAlias, assert_never
 
 import aiohttp
 import msgspec
 
-from sim.calibrate.design import DECODE_TOKENS, Decode, Load, Point, Prompt
+from sim.calibrate.design import DECODE_TOKENS, Decode, Load, Mixed, Point, Prompt
 from sim.calibrate.target import Stream, Target, TargetError
 
 PARTS: Final = 3  # of a window in which all decode
+MIXED_TOKENS: Final = 16  # of the streams that a prompt joins
 NEIGHBOUR_STREAMS: Final = 4
 NEIGHBOUR_TOKENS: Final = 64
 
@@ -27,7 +30,7 @@ NEIGHBOUR_TOKENS: Final = 64
 class StepSeen(msgspec.Struct, frozen=True, tag="step"):
     """Steps of one composition: how many tokens their requests read, and what one took, in seconds."""
 
-    point: Decode
+    point: Decode | Mixed
     context: float
     step_s: float
 
@@ -72,6 +75,8 @@ class Bench:
             case Decode():
                 async with self._noise(point.beside):
                     return list(await self._decode(point))
+            case Mixed():
+                return list(await self._mixed(point))
             case Prompt():
                 async with self._noise(point.beside):
                     name = (await self._adapters(self._target, 1))[0] if point.adapter else None
@@ -92,6 +97,37 @@ class Bench:
             )
         )
         return list(steps_of(point, streams))
+
+    async def _mixed(self, point: Mixed) -> list[StepSeen]:
+        """The step in which a prompt joins streams that decode, as those streams see it."""
+        names: list[str | None] = [None]
+        if point.adapters:
+            names = list(await self._adapters(self._target, point.adapters))
+        began = [asyncio.Event() for _ in range(point.requests)]
+        decoding = [
+            asyncio.ensure_future(
+                self._target.complete(
+                    point.prompt, MIXED_TOKENS, names[number % len(names)], began[number]
+                )
+            )
+            for number in range(point.requests)
+        ]
+        try:
+            for one, task in zip(began, decoding, strict=True):
+                # One that fails before it decodes ends the wait; it is raised below.
+                task.add_done_callback(partial(_tell, one))
+                await one.wait()
+            joined = await self._target.complete(point.tokens, 1, names[0])
+            streams = await asyncio.gather(*decoding)
+        finally:
+            for task in decoding:
+                task.cancel()
+        moment = joined.came[0]
+        if moment >= min(stream.came[-1] for stream in streams):
+            return []  # they had ended before it was computed
+        step_s = median(stream.gap_before(moment) for stream in streams)
+        decoded = sum(one <= moment for stream in streams for one in stream.came)
+        return [StepSeen(point, point.requests * point.prompt + decoded, step_s)]
 
     async def _adapters(self, target: Target, count: int) -> list[str]:
         """So many adapters in slots of the engine: the first ones that were loaded."""
@@ -154,6 +190,10 @@ class Bench:
                 with contextlib.suppress(TargetError, aiohttp.ClientError, OSError):
                     await target.unload(name)  # where the engine is gone, so are they
         self._loaded.clear()
+
+
+def _tell(event: asyncio.Event, _: object) -> None:
+    event.set()
 
 
 def steps_of(point: Decode, streams: Sequence[Stream]) -> Iterable[StepSeen]:

@@ -57,7 +57,10 @@ def calibrate(arguments: argparse.Namespace, errors: Console) -> int:
     arguments.out.write_bytes(data + b"\n")
     _print(Console(), written, found)
     errors.print(
-        f"written to {arguments.out}; use it as `calibration: {arguments.out}`", highlight=False
+        f"written to {arguments.out}; use it as `calibration: {arguments.out}`",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
     )
     return 0
 
@@ -92,6 +95,8 @@ async def _measure(arguments: argparse.Namespace, errors: Console) -> tuple[Info
                 f"{len(session.done)} of {len(todo)} points are in {session.path} already; remove "
                 "it to measure anew",
                 highlight=False,
+                markup=False,
+                soft_wrap=True,
             )
         bench = Bench(target, beside, path)
         try:

@@ -4,6 +4,7 @@ Prompts are lists of token ids, so that their lengths are exact, drawn anew each
 prefix is found in the cache.
 """
 
+import asyncio
 import time
 from collections.abc import Sequence
 from random import Random
@@ -27,6 +28,7 @@ from sim.calibrate.prompts import random_prompt
 from sim.errors import UserError
 
 NO_TOKEN: Final = b"[DONE]"
+DECODES: Final = 2  # pieces, after which an answer decodes
 
 
 class TargetError(UserError):
@@ -38,6 +40,11 @@ class Stream(msgspec.Struct):
 
     asked: float
     came: list[float]
+
+    def gap_before(self, moment: float) -> float:
+        """The time between the two pieces of which the later came nearest to `moment`."""
+        later = min(range(1, len(self.came)), key=lambda index: abs(self.came[index] - moment))
+        return self.came[later] - self.came[later - 1]
 
 
 class Target:
@@ -52,8 +59,17 @@ class Target:
         self.ours = ours
         self._random = Random(seed)
 
-    async def complete(self, prompt_tokens: int, tokens: int, adapter: str | None) -> Stream:
-        """Ask for exactly so many tokens after so many, and note when they come."""
+    async def complete(
+        self,
+        prompt_tokens: int,
+        tokens: int,
+        adapter: str | None,
+        began: asyncio.Event | None = None,
+    ) -> Stream:
+        """Ask for exactly so many tokens after so many, and note when they come.
+
+        `began` is set when there are two of them: from then on it decodes.
+        """
         body: dict[str, Any] = {
             "model": adapter or self.info.model_id,
             "prompt": random_prompt(self._random, prompt_tokens),
@@ -73,7 +89,9 @@ class Target:
                 raise TargetError(f"{self.url}: {answer.status}: {(await answer.text())[:300]}")
             async for line in answer.content:
                 if line.startswith(b"data: ") and NO_TOKEN not in line:
-                    came.append(time.perf_counter())  # noqa: PERF401  (the moment counts, not the line)
+                    came.append(time.perf_counter())
+                    if began is not None and len(came) == DECODES:
+                        began.set()
         if not came:
             raise TargetError(f"{self.url}: an answer without a token")
         return Stream(asked, came)

@@ -1,7 +1,5 @@
 """From a fit to a calibration file: each number with where it comes from."""
 
-import os
-import platform
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +11,7 @@ from engine_worker.protocol import Info
 from sim.calibrate.fit import Estimate, Fit
 from sim.calibrate.measure import LoadSeen
 from sim.latency import Calibration, Coefficient, EngineDefaults, LoadTimes
+from sim.machine import machine
 
 STORE_LATENCY_S = 0.03
 NOTHING = 1e-12  # below it a coefficient is what the solver calls 0
@@ -94,16 +93,3 @@ def _bytes_per_rank(adapter: Path | None) -> tuple[float, str]:
     config = msgspec.json.decode((adapter / "adapter_config.json").read_bytes())
     rank = max(1, int(config.get("r", 1)))
     return size / rank, f"the size of the adapter that was loaded, {size:,} bytes at rank {rank}"
-
-
-def machine() -> str:
-    """This machine, in words."""
-    name = platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    except OSError:
-        pass
-    return f"{os.cpu_count()} cores of {name}"

@@ -37,6 +37,14 @@ def add(commands: "Commands") -> None:
     command.add_argument(
         "--requests", type=shared.positive, default=60, metavar="N", help="a workload (default 60)"
     )
+    command.add_argument(
+        "--longer",
+        type=shared.above_zero,
+        default=1.0,
+        metavar="X",
+        help="prompts and answers X times as long, for engines faster than a CPU (default 1: 48 "
+        "and 16 tokens, long prompts 500)",
+    )
     command.add_argument("--runs", type=shared.positive, default=2, help="real runs (default 2)")
     command.add_argument(
         "--pause", type=shared.not_negative, default=3.0, metavar="S", help="between workloads"

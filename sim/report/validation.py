@@ -65,9 +65,9 @@ def markdown(found: Sequence[Comparison], about: dict[str, Any], cases: Sequence
         f"`{about['calibration']}`.",
         "",
         f"Each workload was served {about['runs']} times by the real router over real workers; *noise* "
-        "is the difference between those runs, *error* that between their mean and the mean of "
-        f"{about['simulations']} simulations of each with other placement seeds. A goal is met where "
-        "the error is within it, or within the noise.",
+        "is how far two of those runs are from each other, *error* that between their mean and the "
+        f"mean of {about['simulations']} simulations of each with other placement seeds. A goal is "
+        "met where the error is within it, or within the noise.",
         "",
     ]
     for case in cases:

@@ -7,6 +7,7 @@ figure is the mean over placement seeds: the router draws, and one draw is not i
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from statistics import fmean
 from typing import Final
 
@@ -38,7 +39,7 @@ class Comparison(msgspec.Struct, frozen=True):
     real: tuple[float, ...]
     simulated: float
     error: float | None  # relative, of the simulated against the real runs' mean
-    noise: float | None  # relative, between the real runs
+    noise: float | None  # relative, of one real run against another: the mean over pairs
     goal: float | None
 
     @property
@@ -95,11 +96,17 @@ def compare(case: str, real: Sequence[Figures], simulated: Sequence[Figures]) ->
                 runs,
                 model,
                 _relative(model - mean, mean),
-                _relative(max(runs) - min(runs), mean),
+                _relative(_apart(runs), mean),
                 GOALS.get((group, name)),
             )
         )
     return found
+
+
+def _apart(runs: Sequence[float]) -> float:
+    """How far two of them are from each other, on average."""
+    pairs = [abs(one - other) for one, other in combinations(runs, 2)]
+    return fmean(pairs) if pairs else 0.0
 
 
 def _relative(difference: float, of: float) -> float | None:

@@ -5,8 +5,6 @@ import asyncio
 import contextlib
 import json
 import math
-import os
-import platform
 import re
 import shlex
 import signal
@@ -25,6 +23,8 @@ from rich.console import Console
 from router.config import Config, LLMConfig, load
 from sim.commands import arguments as shared
 from sim.errors import UserError
+from sim.latency import DEFAULT, read_calibration
+from sim.machine import machine
 from sim.report.progress import counted
 from sim.report.validation import markdown, print_comparisons
 from sim.validate.compare import Comparison, Figures, compare, figures
@@ -58,7 +58,12 @@ def validate(arguments: argparse.Namespace, errors: Console) -> int:
     record = arguments.record or Path(f"validation-{int(time.time())}.jsonl")
     evictions_file = record.with_suffix(".evictions.json")
     if record.exists():
-        errors.print(f"comparing with {record}; nothing is run", highlight=False)
+        errors.print(
+            f"comparing with {record}; nothing is run",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
     else:
         # Under its own name only when it is whole: an interrupted run is begun anew.
         partial = record.with_suffix(".partial.jsonl")
@@ -163,6 +168,7 @@ async def _real(
                     rate=arguments.rate,
                     requests=arguments.requests,
                     seed=arguments.seed,
+                    longer=arguments.longer,
                 )
                 plan.append((_label(case, number), made))
         with counted(errors) as progress:
@@ -237,11 +243,11 @@ def _about(llm: LLMConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "command": shlex.join(["python", "-m", "sim", *sys.argv[1:]]),
         "date": datetime.now(tz=UTC).date().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "machine": machine(),
         "model": llm.model_id,
         "workers": llm.replicas,
         "slots": llm.slots,
-        "calibration": llm.calibration,
+        "calibration": read_calibration(llm.calibration or DEFAULT).name,
         "runs": arguments.runs,
         "simulations": arguments.seeds,
     }

@@ -47,8 +47,12 @@ def rows(
     rate: float,
     requests: int,
     seed: int,
+    longer: float = 1.0,
 ) -> list[TraceRow]:
-    """The requests of one case, for adapters that exist. Needs as many `names` as it asks for."""
+    """The requests of one case, for adapters that exist. Needs as many `names` as it asks for.
+
+    Prompts and answers are `longer` times as long as the case says.
+    """
     count = max(1, round(case.adapters * slots))
     assert count <= len(names), (case.name, count, len(names))
     per_s = case.share * rate
@@ -57,8 +61,8 @@ def rows(
         requests=max(1, round(case.requests * requests)),
         arrivals=Poisson(per_s) if case.cv == 1.0 else Gamma(per_s, case.cv),
         lengths=Independent(
-            LogNormal(case.input_mean, 0.5, LONGEST_INPUT),
-            LogNormal(case.output_mean, 0.5, LONGEST_OUTPUT),
+            LogNormal(case.input_mean * longer, 0.5, round(LONGEST_INPUT * longer)),
+            LogNormal(case.output_mean * longer, 0.5, round(LONGEST_OUTPUT * longer)),
         ),
         adapters=Adapters(count, zipf=0.7, locality=case.locality),
         base=base,
