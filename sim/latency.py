@@ -75,6 +75,25 @@ class EngineDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     source: str
 
 
+class FitError(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How far the coefficients are from what they were fitted to: medians of relative errors."""
+
+    steps: float
+    prompts: float
+
+
+class Validated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What `sim validate` found with it: the worst relative error over its workloads, by figure.
+
+    `noise` is how far two real runs were from each other where that was.
+    """
+
+    date: str
+    workloads: tuple[str, ...]
+    errors: dict[str, float]
+    noise: dict[str, float]
+
+
 class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The latency model of one engine, model and machine. Times in seconds, sizes in bytes."""
 
@@ -103,6 +122,26 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     store_latency_s: Coefficient
     load_host_s: LoadTimes
     load_disk_s: LoadTimes
+    fit_error: FitError | None = None
+    validated: Validated | None = None
+
+    @property
+    def trust(self) -> str:
+        """In words, how wrong a simulation with it may be."""
+        if self.validated is not None:
+            worst = ", ".join(
+                f"{name} within {error:.1%}" for name, error in self.validated.errors.items()
+            )
+            return (
+                f"against real workers on {self.validated.date}, the worst of "
+                f"{len(self.validated.workloads)} workloads: {worst}"
+            )
+        if self.fit_error is not None:
+            return (
+                f"half of the measured steps are within {self.fit_error.steps:.1%} of it, of the "
+                f"prompts within {self.fit_error.prompts:.1%}; not validated"
+            )
+        return "not measured here and not validated: see its sources"
 
 
 PICOSECOND: Final = 1e-12

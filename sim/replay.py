@@ -26,6 +26,7 @@ from sim.fleet import Reports, SimWorkers
 from sim.garbage import few_collections
 from sim.host import Host
 from sim.kv import HASH_BLOCK_TOKENS
+from sim.latency import Calibration
 from sim.loop import RanDryError, SimLoop
 from sim.report.summary import Latencies, Slo, latency_figures, outcome_counts
 from sim.report.timeline import Sampler
@@ -438,8 +439,22 @@ class Replay:
             },
             "workers": workers,
             "calibrations": {
-                name: model.workers.latency.calibration.name for name, model in self._models.items()
+                name: _calibration_figures(model.workers.latency.calibration)
+                for name, model in self._models.items()
             },
             "sim": {"virtual_s": virtual_s},
             "digest": digest.hexdigest(),
         }
+
+
+def _calibration_figures(calibration: Calibration) -> dict[str, Any]:
+    """What the latencies rest on, and how wrong they may be."""
+    validated = calibration.validated
+    return {
+        "name": calibration.name,
+        "engine": calibration.engine,
+        "machine": calibration.machine,
+        "date": calibration.date,
+        "errors": validated.errors if validated else None,
+        "trust": calibration.trust,
+    }

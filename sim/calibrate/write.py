@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import msgspec
 
 from engine_worker.protocol import Info
 from sim.calibrate.fit import Estimate, Fit
 from sim.calibrate.measure import LoadSeen
-from sim.latency import Calibration, Coefficient, EngineDefaults, LoadTimes
+from sim.latency import Calibration, Coefficient, EngineDefaults, FitError, LoadTimes
 from sim.machine import machine
 
 STORE_LATENCY_S = 0.03
@@ -26,7 +27,7 @@ def calibration(
         f"measured: robust regression over {fit.steps} windows of steps and {fit.prompts} prompts, "
         f"`{command}`"
     )
-    coefficients = {
+    coefficients: dict[str, Any] = {
         key: _coefficient(estimate, measured) for key, estimate in fit.estimates.items()
     }
     rank = max(1, info.max_lora_rank)
@@ -62,6 +63,7 @@ def calibration(
         ),
         load_host_s=_load_times(loads, "host", rank),
         load_disk_s=_load_times(loads, "disk", rank),
+        fit_error=FitError(round(fit.step_error, 4), round(fit.prompt_error, 4)),
         **coefficients,
     )
 

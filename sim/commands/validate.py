@@ -62,6 +62,11 @@ def add(commands: "Commands") -> None:
         metavar="FILE",
         help="keep the recording here; where it exists, compare with it instead of running anything",
     )
+    command.add_argument(
+        "--note",
+        action="store_true",
+        help="note the errors in the calibration's file, so that each replay with it names them",
+    )
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     command.add_argument("--report", type=Path, metavar="FILE.md", help="write a report here")
     command.set_defaults(run=run)

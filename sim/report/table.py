@@ -106,6 +106,13 @@ def summary_table(result: dict[str, Any]) -> Table:
             f"{sim['virtual_s']:,.0f} s in {sim['wall_s']:.2f} s, "
             f"{sim['requests_per_wall_s']:,.0f} requests/s, {sim['peak_rss_mib']:.0f} MiB",
         ),
+        *(
+            (
+                "calibration",
+                f"{one['name']}: {one['engine']}, {one['machine']}, {one['date']}; {one['trust']}",
+            )
+            for one in result["calibrations"].values()
+        ),
         ("digest", result["digest"]),
     )
     return Table(("", ""), rows, words=2)

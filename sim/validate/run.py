@@ -23,7 +23,7 @@ from rich.console import Console
 from router.config import Config, LLMConfig, load
 from sim.commands import arguments as shared
 from sim.errors import UserError
-from sim.latency import DEFAULT, read_calibration
+from sim.latency import DEFAULT, FOLDER, Validated, read_calibration
 from sim.machine import machine
 from sim.report.progress import counted
 from sim.report.validation import markdown, print_comparisons
@@ -88,9 +88,36 @@ def validate(arguments: argparse.Namespace, errors: Console) -> int:
         data = {**about, "figures": [_finite(msgspec.to_builtins(one)) for one in found]}
         text = json.dumps(data, indent=2, allow_nan=False)
         arguments.json.write_text(text + "\n", encoding="utf-8")
+    if arguments.note:
+        _note(config.llm_configs[0], found)
     if arguments.report is not None:
         arguments.report.write_text(markdown(found, about, cases), encoding="utf-8")
     return 0 if all(one.met is not False for one in found) else 1
+
+
+def _note(llm: LLMConfig, found: Sequence[Comparison]) -> None:
+    """Write into the calibration's file how far simulations with it were from reality."""
+    name = llm.calibration or DEFAULT
+    path = Path(name) if name.endswith(".json") else Path(str(FOLDER / f"{name}.json"))
+    errors: dict[str, float] = {}
+    noise: dict[str, float] = {}
+    for one in found:
+        if one.goal is None or one.group == "adapters":
+            continue
+        if one.error is None or one.noise is None:
+            raise ValidateError(f"{one.case}: requests were not answered; nothing is noted")
+        key = f"{one.group} {one.name}"
+        if one.error >= errors.get(key, 0.0):
+            errors[key], noise[key] = round(one.error, 4), round(one.noise, 4)
+    validated = Validated(
+        date=datetime.now(tz=UTC).date().isoformat(),
+        workloads=tuple(dict.fromkeys(one.case for one in found)),
+        errors=errors,
+        noise=noise,
+    )
+    calibration = msgspec.structs.replace(read_calibration(name), validated=validated)
+    data = msgspec.json.format(msgspec.json.encode(calibration), indent=2)
+    path.write_bytes(data + b"\n")
 
 
 def _finite(value: Any) -> Any:  # noqa: ANN401  (JSON)

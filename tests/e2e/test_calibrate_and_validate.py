@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -103,6 +104,8 @@ def test_nobody_there_is_said(tmp_path: Path) -> None:
 def test_a_real_run_is_compared_with_its_simulation(tmp_path: Path) -> None:
     for number in range(6):
         write_adapter(tmp_path / "store" / f"adapter-{number}")
+    calibration = tmp_path / "mine.json"
+    shutil.copy(ROOT / "sim" / "calibrations" / "emulated.json", calibration)
     config = {
         "llm_configs": [
             {
@@ -114,7 +117,7 @@ def test_a_real_run_is_compared_with_its_simulation(tmp_path: Path) -> None:
                 },
                 "engine_kwargs": KWARGS,
                 "engine": "emulated",
-                "calibration": "emulated",
+                "calibration": str(calibration),
                 "deployment_config": {"autoscaling_config": {"min_replicas": 2, "max_replicas": 2}},
             }
         ],
@@ -158,6 +161,15 @@ def test_a_real_run_is_compared_with_its_simulation(tmp_path: Path) -> None:
     assert "| e2e_s p50 |" in report.read_text()
     # With the recording at hand nothing is run again, and the same is found.
     before = figures.read_bytes()
-    assert "nothing is run" in sim(*command).stderr
+    assert read_calibration(str(calibration)).validated is None
+    assert "nothing is run" in sim(*command, "--note").stderr
     again = json.loads(figures.read_bytes())["figures"]
     assert again == json.loads(before)["figures"]
+    # Whoever simulates with this calibration is told how far it was from what happened.
+    noted = read_calibration(str(calibration)).validated
+    assert noted is not None
+    assert noted.workloads == ("steady", "slots")
+    worst = max(by_name[case, "e2e_s", "p50"]["error"] for case in noted.workloads)
+    assert noted.errors["e2e_s p50"] == pytest.approx(worst, abs=1e-4)
+    replayed = sim("replay", record, "--config", path, "--workers", "1")
+    assert f"e2e_s p50 within {worst:.1%}" in " ".join(replayed.stdout.split())

@@ -134,7 +134,7 @@ def test_text_is_escaped() -> None:
 def test_a_page_of_one_replay_with_nothing_answered() -> None:
     result = {
         "policy": "p", "seed": 0, "requests": 2, "completed": 0, "rejected": 2, "failed": 0,
-        "unfinished": 0, "goodput_rps": 0.0, "digest": "d", "workers": [],
+        "unfinished": 0, "goodput_rps": 0.0, "calibrations": {}, "digest": "d", "workers": [],
         "ttft_s": dict.fromkeys(("mean", "p50", "p90", "p99")),
         "itl_s": dict.fromkeys(("mean", "p50", "p90", "p99")),
         "e2e_s": dict.fromkeys(("mean", "p50", "p90", "p99")),
