@@ -24,10 +24,15 @@ from benchmarks.support import RESULTS, ROOT, free_port
 from router.config import LLMConfig, load
 from router.workers.devices import device_environment, this_machine
 from sim.__main__ import main as sim
+from sim.fleet import engine_model
+from sim.latency import pairs_of
+from sim.validate.workloads import CASES
 
 CACHE: Final = ROOT / ".lorayard"
 WORKERS: Final = 2
 BOOT_TIMEOUT_S: Final = 600
+LOAD: Final = 0.42  # of what the workers could do with batches of
+BATCH: Final = 4
 ENGINE_KWARGS: Final[dict[str, Any]] = {
     "enable_lora": True,
     "max_loras": 4,
@@ -58,6 +63,8 @@ def main() -> int:
         metavar="FOLDER",
         help="a folder of adapter folders",
     )
+    top.add_argument("--longer", default="1", metavar="X", help="as of `sim validate`")
+    top.add_argument("--rate", metavar="RPS", help="default: by the calibration")
     top.add_argument("--engine-kwargs", type=json.loads, default={}, metavar="JSON")
     top.add_argument("--report", type=Path, default=ROOT / "docs" / "validation.md")
     top.add_argument("--json", type=Path, default=RESULTS / "validation.json")
@@ -71,10 +78,25 @@ def main() -> int:
     prepare(arguments, config)
     if arguments.calibrate is not None:
         calibrate(arguments, load(config).llm_configs[0])
-    wanted = ["validate", "--config", os.path.relpath(config), *others]
+    llm = load(config).llm_configs[0]
+    wanted = ["validate", "--config", os.path.relpath(config), "--longer", arguments.longer]
+    wanted += ["--rate", arguments.rate or bearable_rate(llm, float(arguments.longer)), *others]
     files = ["--json", str(arguments.json), "--report", str(arguments.report)]
     sys.argv[1:] = wanted  # the command that the report shows
     return sim([*wanted, *files])
+
+
+def bearable_rate(llm: LLMConfig, longer: float) -> str:
+    """Requests a second under which queues are short and batches are not: see `LOAD`."""
+    latency, _ = engine_model(llm)
+    steady = CASES[0]
+    tokens = round(steady.input_mean * longer)
+    prompt_s = latency.step_s(
+        running=1, adapters=1, tokens=tokens, pairs=pairs_of(0, tokens)
+    ) - latency.step_s(running=1, adapters=1)
+    step_s = latency.step_s(running=BATCH, adapters=BATCH, context=BATCH * tokens)
+    request_s = prompt_s + steady.output_mean * longer * step_s / BATCH
+    return f"{LOAD * WORKERS / request_s:.2g}"
 
 
 def prepare(arguments: argparse.Namespace, config: Path) -> None:

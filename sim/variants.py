@@ -52,6 +52,17 @@ OPTIONS: Final[dict[str, _Limits]] = {
 }
 SLOTS_PATHS: Final = ("lora_config.max_num_adapters_per_replica", "engine_kwargs.max_loras")
 THRESHOLD_PATH: Final = "deployment_config.max_ongoing_requests"
+# What a simulation reads of a configuration, beside engine_kwargs. All else would vary nothing.
+READ: Final = (
+    *SLOTS_PATHS[:1],
+    THRESHOLD_PATH,
+    "deployment_config.autoscaling_config.min_replicas",
+    "calibration",
+    "router.policy",
+    "router.max_queued_requests",
+    "router.queue_timeout_s",
+    "router.max_overtakes",
+)
 SHORTHANDS: Final[dict[str, tuple[str, ...]]] = {
     "slots": SLOTS_PATHS,
     "threshold": (THRESHOLD_PATH,),
@@ -185,6 +196,11 @@ def _check_path(path: str) -> None:
         # A field that was named without what it stands in is the commonest slip.
         whole = [known for known in _paths() if known.endswith(f".{path}")]
         raise _unknown(path, whole[0] if whole else None, first, top)
+    if path not in READ and first != "engine_kwargs":
+        raise ConfigError(
+            f"--vary {path}: a simulation does not read it, so it would vary nothing; it reads "
+            f"{', '.join(READ)} and engine_kwargs"
+        )
 
 
 def _descend(path: str, at: str, struct: type[msgspec.Struct], names: list[str]) -> None:

@@ -7,7 +7,9 @@ from sim.commands.arguments import above_zero, not_negative, positive
 from sim.generate.arrivals import Flash, State
 from sim.generate.lengths import Fixed, Law, LogNormal
 from sim.traces.jsonl import ADAPTER
+from sim.traces.row import TOKENS_MAX
 
+LEAST_A_CYCLE: Final = 1e-4
 SYNTAX: Final = """\
 LAW      512, or lognormal:MEAN:CV, or lognormal:MEAN:CV:MOST (cut there, default 131,072)
 STATES   RPS:SECONDS,RPS:SECONDS: the rate in each state and how long it lasts on average
@@ -29,11 +31,18 @@ def law(text: str) -> Law:
     """How many tokens."""
     kind, *parts = text.split(":")
     if kind == "lognormal" and len(parts) in {2, 3}:
-        most = [positive(part) for part in parts[2:]]
+        most = [_length(part) for part in parts[2:]]
         return LogNormal(above_zero(parts[0]), not_negative(parts[1]), *most)
     if parts or not kind.isdecimal():
         raise argparse.ArgumentTypeError(f"{text} is no LAW: write 512 or lognormal:1024:1.5")
-    return Fixed(positive(kind))
+    return Fixed(_length(kind))
+
+
+def _length(text: str) -> int:
+    tokens = positive(text)
+    if tokens > TOKENS_MAX:
+        raise argparse.ArgumentTypeError(f"{text}: no trace takes more than {TOKENS_MAX:,} tokens")
+    return tokens
 
 
 def states(text: str) -> tuple[State, ...]:
@@ -46,6 +55,11 @@ def states(text: str) -> tuple[State, ...]:
         found.append(State(not_negative(rate), above_zero(mean)))
     if len(found) < 2 or not any(state.rate_rps for state in found):  # noqa: PLR2004
         raise argparse.ArgumentTypeError(f"{text}: name two states or more, one with a rate")
+    # States are walked through one by one until a request comes.
+    if sum(state.rate_rps * state.mean_s for state in found) < LEAST_A_CYCLE:
+        raise argparse.ArgumentTypeError(
+            f"{text}: fewer than {LEAST_A_CYCLE:g} requests a round of its states; let them last longer"
+        )
     return tuple(found)
 
 

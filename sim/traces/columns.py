@@ -7,7 +7,7 @@ import csv
 import math
 from typing import Final
 
-from sim.traces.row import TOKENS, TOKENS_MAX, RowError
+from sim.traces.row import TIME_MAX_MS, TOKENS, TOKENS_MAX, RowError
 
 DIGITS_MAX: Final = len(str(TOKENS_MAX))
 
@@ -58,6 +58,6 @@ def milliseconds(field: str, cell: str) -> float:
         seconds = float(cell)
     except ValueError:
         seconds = math.nan
-    if not 0 <= seconds < math.inf:
-        raise RowError(field, cell, "a number of seconds, 0 or more")
+    if not 0 <= seconds * 1000 <= TIME_MAX_MS:
+        raise RowError(field, cell, f"a number of seconds, 0 to {TIME_MAX_MS / 1000:g}")
     return round(seconds * 1000, 3)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 
-from sim.traces.row import TOKENS, TOKENS_MAX, HalfRowError, RowError, TraceRow
+from sim.traces.row import TIME_MAX_MS, TOKENS, TOKENS_MAX, HalfRowError, RowError, TraceRow
 
 # The contract's model ids: base or base:adapter, and never `..`.
 ADAPTER: Final = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -24,7 +24,7 @@ PROMPTS: Final = ("text_input", "messages", "payload")
 EXAMPLE: Final = '{"timestamp": 0, "input_length": 100, "output_length": 20}'
 ROW: Final = f"one JSON object a line, such as {EXAMPLE}"
 EXPECTED: Final = {
-    "timestamp": "a number, 0 or more",
+    "timestamp": f"a number, 0 to {TIME_MAX_MS:g}",
     "input_length": TOKENS,
     "output_length": TOKENS,
     "hash_ids": "a list of whole numbers",
@@ -55,7 +55,7 @@ class _Extra(msgspec.Struct):
 class Line(msgspec.Struct):
     """A line's fields."""
 
-    timestamp: Annotated[float, msgspec.Meta(ge=0)]
+    timestamp: Annotated[float, msgspec.Meta(ge=0, le=TIME_MAX_MS)]
     input_length: Length
     output_length: Length
     hash_ids: tuple[int, ...] | None = None

@@ -10,6 +10,7 @@ from typing import Final
 import msgspec
 
 TOKENS_MAX: Final = 100_000_000
+TIME_MAX_MS: Final = 1e14  # the year 5138 by Unix time; beyond, sums of seconds lose milliseconds
 TOKENS: Final = f"a whole number of tokens, 0 to {TOKENS_MAX:,}"
 FOUND_CHARACTERS: Final = 80
 

@@ -279,6 +279,8 @@ SYNTAX = [
     (["--input-tokens", "lognormal:1"], "lognormal:1 is no LAW: write 512 or"),
     (["--output-tokens", "0"], "0 is below 1"),
     (["--states", "1:2"], "name two states or more"),
+    (["--states", "1e-9:1,0:1"], "fewer than 0.0001 requests a round of its states"),
+    (["--input-tokens", "200000000"], "no trace takes more than 100,000,000 tokens"),
     (["--states", "0:2,0:3"], "one with a rate"),
     (["--states", "1,2"], "1 is no state: write RPS:SECONDS"),
     (["--flash", "1:2"], "1:2 is no CROWD"),

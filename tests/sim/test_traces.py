@@ -34,7 +34,7 @@ BAD = [
     (GOOD + "{broken\n" + GOOD, "trace:2: row is `{broken`; expected one JSON object a line"),
     (GOOD + "[1]\n", "trace:2: row is `[1]`; expected one JSON object a line"),
     (GOOD + '{"a": ' + "[" * 50_000 + "\n", "trace:2: row is `{"),
-    (line(timestamp=...), "trace:1: timestamp is missing; expected a number, 0 or more"),
+    (line(timestamp=...), "trace:1: timestamp is missing; expected a number, 0 to 1e+14"),
     (line(output_length=...), "trace:1: output_length is missing; expected a whole number of tok"),
     (line(input_length="x"), 'trace:1: input_length is `"x"`; expected a whole number of tokens'),
     (line(input_length=-1), "trace:1: input_length is `-1`; expected a whole number of tokens"),
@@ -51,14 +51,15 @@ BAD = [
     (line(extra="base"), 'trace:1: extra is `"base"`; expected an object such as {"model"'),
     (line(extra={"model": 7}), "trace:1: extra.model is `7`; expected base or base:adapter"),
     (line(extra={"model": "b:../x"}), "trace:1: extra.model is `b:../x`; expected base or"),
-    (line(timestamp=-1), "trace:1: timestamp is `-1`; expected a number, 0 or more"),
+    (line(timestamp=-1), "trace:1: timestamp is `-1`; expected a number, 0 to 1e+14"),
+    (line(timestamp=1e300), "trace:1: timestamp is `1e+300`; expected a number, 0 to 1e+14"),
     (
         line(timestamp=...) + GOOD,
-        "trace:1: timestamp is missing; expected a number, 0 or more",
+        "trace:1: timestamp is missing; expected a number, 0 to 1e+14",
     ),
     (
         GOOD + line(timestamp=..., session_id="a", delay=2),
-        "trace:2: timestamp is missing; expected a number, 0 or more; a `delay` counts from an",
+        "trace:2: timestamp is missing; expected a number, 0 to 1e+14; a `delay` counts from an",
     ),
     (
         line(input_length=..., text_input="Hello"),

@@ -52,6 +52,8 @@ BAD = [
     ("engine_kwargs=4", "name what is to vary in engine_kwargs; known: max_num_seqs"),
     ("lora_config=4", "name what is to vary in lora_config"),
     ("router.queue_timeout=4", "did you mean `router.queue_timeout_s`?"),
+    ("router.port=4", "a simulation does not read it"),
+    ("deployment_config.autoscaling_config.max_replicas=4", "a simulation does not read it"),
     ("router=4", "name what is to vary in router"),
     ("model_loading_config.model_id.x=4", "is one value; nothing stands below it"),
     ("policy=afinity", "no policy `afinity`; did you mean `affinity`?"),
@@ -136,7 +138,10 @@ def test_values_reach_the_configuration_and_the_options(base: Base) -> None:
     [
         ((("engine_kwargs.max_loras", 4),), "max_num_adapters_per_replica is 16; .*vary `slots`"),
         ((("threshold", 0),), "^--vary threshold=0: max_ongoing_requests: Expected `int` >= 1$"),
-        ((("router.port", "x"),), "^--vary router.port=x: port: Expected `int`"),
+        (
+            (("router.max_overtakes", "x"),),
+            "^--vary router.max_overtakes=x: max_overtakes: Expected `int`",
+        ),
         ((("lora_config.max_download_tries", None),), "max_download_tries=null: "),
     ],
 )
