@@ -1,8 +1,11 @@
 """Fit the latency model's coefficients to what was seen, with intervals.
 
-The rule: relative errors, so that short steps count as much as long ones; a loss that grows
-linearly for large errors (`soft_l1`, SciPy's `least_squares`), so that a disturbed measurement pulls
-little; no coefficient below nothing. Intervals are percentiles of a bootstrap over points (Efron and
+The rule: relative errors, as logarithms, so that short steps count as much as long ones and twice as
+long as much as half; a loss that grows linearly for large errors (`soft_l1`, SciPy's `least_squares`),
+so that a disturbed measurement pulls little; no coefficient below nothing. That finds what steps cost
+in relation to each other. How much in all is their mean: a request's time is a sum of many steps, and
+what disturbs a step lengthens it. So at the end all times are scaled to the mean of what was seen, less
+the twentieth part on either side. Intervals are percentiles of a bootstrap over points (Efron and
 Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13): measurements of one point stay
 together.
 
@@ -33,6 +36,8 @@ NAMES: Final = (
 )
 START: Final = (5e-3, 1e-2, 1e-3, 1e-7, 1e-5, 1e-9, 1.0, 1.1, 0.01, 0.1)
 ONE: Final = ("prefill_lora_factor", "lora_factor")  # what means nothing is 1 for these, and 0 else
+TIMES: Final = [number for number, name in enumerate(NAMES) if name.endswith("_s")]
+LEAST_S: Final = 1e-9
 SMALL_ERROR: Final = 0.05
 RESAMPLES: Final = 200
 LEAST_DISTINCT: Final = 3
@@ -183,7 +188,7 @@ def _solve(
 
     def errors(values: Matrix) -> Matrix:
         full[free] = values
-        return _predict(full, table) / seen - 1
+        return np.log(np.maximum(_predict(full, table), LEAST_S) / seen)
 
     solved = least_squares(
         errors,
@@ -195,7 +200,14 @@ def _solve(
     )
     found = fixed.copy()
     found[free] = solved.x
+    found[TIMES] *= _mean_ratio(seen / np.maximum(_predict(found, table), LEAST_S))
     return found
+
+
+def _mean_ratio(ratios: Matrix) -> float:
+    ordered = np.sort(ratios)
+    cut = len(ordered) // 20
+    return float(np.mean(ordered[cut : len(ordered) - cut]))
 
 
 def _groups(steps: Sequence[StepSeen], prompts: Sequence[PromptSeen]) -> "list[Any]":
