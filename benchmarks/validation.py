@@ -52,6 +52,7 @@ def main() -> int:
     )
     top.add_argument("--calibration", default="cpu-smollm2-135m")
     top.add_argument("--calibrate", type=Path, metavar="FILE.json", help="measure it first")
+    top.add_argument("--only-calibrate", action="store_true", help="and nothing else")
     top.add_argument("--rounds", default="2", help="of --calibrate (default 2)")
     top.add_argument("--model", type=Path, default=CACHE / "smollm2-135m", metavar="FOLDER")
     top.add_argument("--model-id", default="smollm2-135m")
@@ -78,6 +79,8 @@ def main() -> int:
     prepare(arguments, config)
     if arguments.calibrate is not None:
         calibrate(arguments, load(config).llm_configs[0])
+        if arguments.only_calibrate:
+            return 0
     llm = load(config).llm_configs[0]
     wanted = ["validate", "--config", os.path.relpath(config), "--longer", arguments.longer]
     wanted += ["--rate", arguments.rate or bearable_rate(llm, float(arguments.longer)), *others]
