@@ -236,6 +236,9 @@ class SimEngine:
         self._loads: deque[_Load] = deque()
         self._installed: list[_Load] = []  # in their slots; their callers do not know it yet
         self._aborted: list[EngineRequest] = []
+        self._outputs: list[
+            tuple[EngineRequest, bool]
+        ] = []  # tokens not yet handed out; is it the last?
         self._doing = _Doing.IDLE
         self._due: Moment | None = None
         self._tick = 0  # steps taken
@@ -248,6 +251,7 @@ class SimEngine:
         self._span_ps = 0
         self._first_ps = 0
         self._rise_ps = 0
+        self._launch_ps = 0  # what it takes to launch the first, where that is known
         self._chunks: list[tuple[EngineRequest, int]] = []
 
     # What a worker reports.
@@ -418,6 +422,7 @@ class SimEngine:
                 self.counters.stalled_ps += stall_ps
                 moment = self._since + self._elapsed_ps * PICOSECOND
                 self._due = self.env.at(moment, self._reached, self._rank)
+                self._hand_out_late()
                 return
             self._install(self._loads.popleft())
         if self._aborted:
@@ -428,9 +433,12 @@ class SimEngine:
             self._due = None
             if self._host is not None:
                 self._host.changed(self, at_work=False)
+            self._hand_out_late()
             return
         self._doing = STEPPING
         self._end_span_after(self._plan())
+        if self._outputs:
+            self._hand_out_late()
 
     # One step, and many.
 
@@ -453,7 +461,7 @@ class SimEngine:
             budget = limits.max_num_batched_tokens - decoding
         elif growth:
             kv.take(growth)
-        stall_ps = tokens = pairs = 0
+        stall_ps = tokens = pairs = self._launch_ps = 0
         if not self.running:  # nothing was planned ahead
             for request in self._waiting:
                 request.ready_step = self._tick
@@ -466,7 +474,11 @@ class SimEngine:
         running, adapters = self.running, len(self._batch_adapters)
         latency = self.latency
         requests_ps, context_ps = latency.decode_ps(running, adapters), latency.context_ps
-        prompts_ps = latency.prefill_ps(tokens, pairs, adapters) if chunks else 0
+        prompts_ps = 0
+        if chunks:
+            others_ps = requests_ps + context_ps * self._context
+            prompts_ps = latency.prefill_ps(tokens, pairs, adapters, others_ps)
+            self._launch_ps = latency.floor_ps(adapters) + stall_ps
         if self._host is not None:
             # Each term by itself: the time of a step stays linear in its context.
             slowdown = self._host.slowdown(self._contention)
@@ -596,9 +608,9 @@ class SimEngine:
             counters.output_tokens += steps * count
             self._context += steps * count
             if not self._jump:
-                for _, _, request in sorted(decoding, key=lambda item: item[1]):
-                    if request.on_token is not None and not request.aborted:
-                        request.on_token()
+                for end_tick, _, request in sorted(decoding, key=lambda item: item[1]):
+                    if end_tick > tick:
+                        self._outputs.append((request, False))
             while decoding and decoding[0][0] <= tick:
                 self._finish(heapq.heappop(decoding)[2])
         for request, tokens in self._chunks:
@@ -608,19 +620,50 @@ class SimEngine:
                 self._sampled_first(request)
         if self._on_change is not None:
             self._on_change()
+        if not self.limits.async_scheduling:
+            self._hand_out(self._outputs)
+            self._outputs = []
+
+    def _hand_out(self, outputs: list[tuple[EngineRequest, bool]]) -> None:
+        """Tokens reach those who wait for them."""
+        now = self.env.now
+        for request, last in outputs:
+            if request.aborted:
+                continue
+            if request.first_token is None:
+                request.first_token = now
+            if request.on_token is not None:
+                request.on_token()
+            if last:
+                request.finished = now
+                if request.on_done is not None:
+                    request.on_done(request)
+
+    def _hand_out_late(self) -> None:
+        """An engine that schedules ahead looks at a step's tokens when it has launched the next one.
+
+        That takes long where the next step has prompts and its kernels are launched one by one.
+        """
+        outputs, self._outputs = self._outputs, []
+        if self._doing is STEPPING and self._launch_ps:
+            moment = self._since + (self._elapsed_ps + self._launch_ps) * PICOSECOND
+            self.env.at(moment, self._launched, value=outputs)
+        else:
+            self._hand_out(outputs)
+
+    def _launched(self, moment: Moment) -> None:
+        outputs: Any = moment.value
+        self._hand_out(outputs)
 
     def _sampled_first(self, request: EngineRequest) -> None:
         """The prompt is computed, and one token sampled: from the next step on it decodes."""
         self._prefilling.remove(request)
         self.counters.output_tokens += 1
-        if request.first_token is None:
-            request.first_token = self.env.now
-        if request.on_token is not None and not request.aborted:
-            request.on_token()
         generated = request.target - request.prompt_tokens + 1
         if generated == request.output_tokens:
             self._finish(request)
             return
+        self._outputs.append((request, False))
         request.join_tick = self._tick
         request.end_tick = self._tick + request.output_tokens - generated
         heapq.heappush(self._decoding, (request.end_tick, request.order, request))
@@ -629,10 +672,7 @@ class SimEngine:
 
     def _finish(self, request: EngineRequest) -> None:
         self._leave_batch(request)
-        if not request.aborted:
-            request.finished = self.env.now
-            if request.on_done is not None:
-                request.on_done(request)
+        self._outputs.append((request, True))
 
     def _leave_batch(self, request: EngineRequest, *, park: bool = False) -> None:
         """Give back what it holds; it is in none of the lists any more."""

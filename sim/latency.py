@@ -5,6 +5,7 @@ A calibration is a JSON file that says for each number where it comes from. The 
     step_s = (step_base_s + step_per_request_s × running) × lora
              + kv_read_per_token_s × context
              + (prefill_per_token_s × prefilled + prefill_per_pair_s × pairs) × prefill_lora
+             and, with prompt tokens in it, at least prefill_floor_s × floor_lora
     lora   = 1 without an adapter in the batch, else
              lora_factor + lora_factor_per_adapter × adapters + lora_factor_per_rank × rank_max
     kv     = kv_tokens - slots × (kv_tokens_per_slot + kv_tokens_per_slot_and_rank × rank_max)
@@ -14,9 +15,10 @@ and all of a step times 1 + host_contention × the other engines at work on the 
 
 `context` is the number of tokens whose keys and values the decoding requests read, `pairs` the
 number of (prompt token, earlier token) pairs that prefill attends over, `adapters` the distinct ones
-in the batch, `prefill_lora` is prefill_lora_factor where the batch has an adapter and 1 where it has
-none. The shape of `lora` and `kv` is that of the GPU LLM adapter digital twin (see the
-calibrations' sources).
+in the batch; `prefill_lora` and `floor_lora` are prefill_lora_factor and prefill_floor_lora_factor
+where the batch has an adapter, and 1 where it has none. The floor is what it takes to launch a step's
+kernels one by one: CUDA graphs save that where a step only decodes, and else the GPU waits for it. The
+shape of `lora` and `kv` is that of the GPU LLM adapter digital twin (see the calibrations' sources).
 
 Inside, a step's time is a whole number of picoseconds. Whole numbers add up the same in any order,
 so many steps taken as one end at the same moment, to the last bit, as the same steps one by one.
@@ -110,6 +112,8 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prefill_per_token_s: Coefficient
     prefill_per_pair_s: Coefficient
     prefill_lora_factor: Coefficient
+    prefill_floor_s: Coefficient
+    prefill_floor_lora_factor: Coefficient
     lora_factor: Coefficient
     lora_factor_per_adapter: Coefficient
     lora_factor_per_rank: Coefficient
@@ -197,6 +201,10 @@ class LatencyModel:
         self._per_token_s = calibration.prefill_per_token_s.value
         self._per_pair_s = calibration.prefill_per_pair_s.value
         self._prefill_lora = calibration.prefill_lora_factor.value
+        self._floor_ps = picoseconds(calibration.prefill_floor_s.value)
+        self._floor_lora_ps = picoseconds(
+            calibration.prefill_floor_s.value * calibration.prefill_floor_lora_factor.value
+        )
         self._decode: dict[tuple[int, int], int] = {}
         lost = slots * (
             calibration.kv_tokens_per_slot.value
@@ -228,20 +236,25 @@ class LatencyModel:
             known = self._decode[running, adapters] = picoseconds(step_s)
         return known
 
-    def prefill_ps(self, tokens: int, pairs: int, adapters: int) -> int:
-        """The part of a step that its prompt tokens decide, in picoseconds."""
+    def prefill_ps(self, tokens: int, pairs: int, adapters: int, others_ps: int) -> int:
+        """What prompt tokens add to a step that takes `others_ps` without them, in picoseconds."""
         step_s = self._per_token_s * tokens + self._per_pair_s * pairs
-        return picoseconds(step_s * self._prefill_lora if adapters else step_s)
+        if adapters:
+            step_s *= self._prefill_lora
+        return max(picoseconds(step_s), self.floor_ps(adapters) - others_ps)
+
+    def floor_ps(self, adapters: int) -> int:
+        """The least that a step with prompt tokens takes, in picoseconds."""
+        return self._floor_lora_ps if adapters else self._floor_ps
 
     def step_s(
         self, *, running: int, adapters: int = 0, context: int = 0, tokens: int = 0, pairs: int = 0
     ) -> float:
         """The time of one step, in seconds."""
-        return PICOSECOND * (
-            self.decode_ps(running, adapters)
-            + self.context_ps * context
-            + self.prefill_ps(tokens, pairs, adapters)
-        )
+        step_ps = self.decode_ps(running, adapters) + self.context_ps * context
+        if tokens:
+            step_ps += self.prefill_ps(tokens, pairs, adapters, step_ps)
+        return PICOSECOND * step_ps
 
 
 def pairs_of(start: int, tokens: int) -> int:

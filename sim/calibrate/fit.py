@@ -30,12 +30,17 @@ NAMES: Final = (
     "prefill_per_token_s",
     "prefill_per_pair_s",
     "prefill_lora_factor",
+    "prefill_floor_s",
+    "prefill_floor_lora_factor",
     "lora_factor",
     "lora_factor_per_adapter",
     "host_contention",
 )
-START: Final = (5e-3, 1e-2, 1e-3, 1e-7, 1e-5, 1e-9, 1.0, 1.1, 0.01, 0.1)
-ONE: Final = ("prefill_lora_factor", "lora_factor")  # what means nothing is 1 for these, and 0 else
+START: Final = (5e-3, 1e-2, 1e-3, 1e-7, 1e-5, 1e-9, 1.0, 1e-2, 1.0, 1.1, 0.01, 0.1)
+# What means nothing is 1 for these, and 0 else.
+ONE: Final = ("prefill_lora_factor", "prefill_floor_lora_factor", "lora_factor")
+FLOOR: Final = ("prefill_floor_s", "prefill_floor_lora_factor")
+WORTH: Final = 0.9  # of the cost without: what a term more has to bring it down to
 TIMES: Final = [number for number, name in enumerate(NAMES) if name.endswith("_s")]
 LEAST_S: Final = 1e-9
 SMALL_ERROR: Final = 0.05
@@ -81,7 +86,7 @@ def fit(
         raise ValueError("at least three batch sizes and three prompt lengths have to be measured")
     table, seen = _table(steps, prompts)
     free = _free(table)
-    best = _solve(table, seen, free, np.array(START))
+    best = _with_or_without_floor(table, seen, free)
     groups = _groups(steps, prompts)
     random = np.random.default_rng(seed)
     drawn: list[Matrix] = []
@@ -159,6 +164,8 @@ def _predict(values: Matrix, table: Matrix) -> Matrix:
         )
         * prefill_lora
     )
+    floor = by["prefill_floor_s"] * np.where(with_lora, by["prefill_floor_lora_factor"], 1.0)
+    step = np.where(table[:, TOKENS] > 0, np.maximum(step, floor), step)
     found: Matrix = (
         step * (1 + by["host_contention"] * table[:, BESIDE])
         + by["request_overhead_s"] * table[:, IS_PROMPT]
@@ -173,11 +180,41 @@ def _free(table: Matrix) -> "np.ndarray[Any, np.dtype[np.bool_]]":
     for name, known in (
         ("lora_factor", distinct > 1),
         ("prefill_lora_factor", distinct > 1),
+        ("prefill_floor_lora_factor", distinct > 1),
         ("lora_factor_per_adapter", distinct > 2),  # noqa: PLR2004
         ("host_contention", bool(table[:, BESIDE].any())),
     ):
         free[NAMES.index(name)] = known
     return free
+
+
+def _with_or_without_floor(
+    table: Matrix, seen: Matrix, free: "np.ndarray[Any, np.dtype[np.bool_]]"
+) -> Matrix:
+    """The best coefficients; `free` loses the floor's where it explains next to nothing.
+
+    A floor has no slope where it is not reached, so it begins where the shortest prompts are.
+    """
+    floor = [NAMES.index(name) for name in FLOOR]
+    free_floor = free[floor].copy()
+    start = np.array(START)
+    alone = table[:, IS_PROMPT] > 0
+    shortest = alone & (table[:, TOKENS] == table[alone, TOKENS].min()) & (table[:, ADAPTERS] == 0)
+    start[floor[0]] = np.median(seen[shortest])
+    start[NAMES.index("request_overhead_s")] = start[floor[0]] / 10
+    reached = _solve(table, seen, free, start)
+    free[floor] = False
+    plain = _solve(table, seen, free, np.array(START))
+    if _cost(reached, table, seen) < WORTH * _cost(plain, table, seen):
+        free[floor] = free_floor
+        return reached
+    return plain
+
+
+def _cost(values: Matrix, table: Matrix, seen: Matrix) -> float:
+    """Of `soft_l1`, as the solver counts it."""
+    errors = np.log(np.maximum(_predict(values, table), LEAST_S) / seen) / SMALL_ERROR
+    return float(np.sum(np.sqrt(1 + errors**2) - 1))
 
 
 def _solve(

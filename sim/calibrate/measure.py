@@ -125,7 +125,7 @@ class Bench:
         moment = joined.came[0]
         if moment >= min(stream.came[-1] for stream in streams):
             return []  # they had ended before it was computed
-        step_s = median(stream.gap_before(moment) for stream in streams)
+        step_s = median(stream.longest_gap(joined.asked, moment) for stream in streams)
         decoded = sum(one <= moment for stream in streams for one in stream.came)
         return [StepSeen(point, point.requests * point.prompt + decoded, step_s)]
 

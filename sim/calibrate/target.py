@@ -7,6 +7,7 @@ prefix is found in the cache.
 import asyncio
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from random import Random
 from typing import Any, Final
 
@@ -41,10 +42,11 @@ class Stream(msgspec.Struct):
     asked: float
     came: list[float]
 
-    def gap_before(self, moment: float) -> float:
-        """The time between the two pieces of which the later came nearest to `moment`."""
-        later = min(range(1, len(self.came)), key=lambda index: abs(self.came[index] - moment))
-        return self.came[later] - self.came[later - 1]
+    def longest_gap(self, since: float, until: float) -> float:
+        """The longest time between two pieces that has something of `since` to `until` in it."""
+        pairs = list(pairwise(self.came))
+        gaps = [later - earlier for earlier, later in pairs if later >= since and earlier <= until]
+        return max(gaps or [later - earlier for earlier, later in pairs])
 
 
 class Target:

@@ -46,6 +46,8 @@ def test_a_step_on_round_numbers(step: tuple[int, int, int, int, int], expected_
         kv_read_per_token_s=0.002,
         prefill_per_pair_s=0.001,
         prefill_lora_factor=3.0,
+        prefill_floor_s=0.0,
+        prefill_floor_lora_factor=1.0,
         lora_factor_per_rank=0.25,
     )
     running, adapters, context, tokens, pairs = step

@@ -17,6 +17,8 @@ def calibration(**changed: float) -> Calibration:
         "prefill_per_token_s": 0.01,
         "prefill_per_pair_s": 0.0,
         "prefill_lora_factor": 1.0,
+        "prefill_floor_s": 0.0,
+        "prefill_floor_lora_factor": 1.0,
         "lora_factor": 2.0,
         "lora_factor_per_adapter": 0.5,
         "lora_factor_per_rank": 0.0,
