@@ -3,6 +3,7 @@
 from pathlib import Path
 from random import Random
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -45,6 +46,8 @@ TRUTH = {
     "prefill_per_token_s": 1.6e-3,
     "prefill_per_pair_s": 2e-7,
     "prefill_lora_factor": 2.5,
+    "prefill_floor_s": 0.0,
+    "prefill_floor_lora_factor": 1.0,
     "lora_factor": 1.8,
     "lora_factor_per_adapter": 0.05,
     "host_contention": 0.4,
@@ -122,6 +125,34 @@ def test_the_fit_finds_what_made_the_data() -> None:
     for name in NAMES:
         assert found.estimates[name].value == pytest.approx(TRUTH[name], rel=0.02, abs=1e-9), name
     assert found.step_error < 0.001
+
+
+def test_a_floor_is_found_where_there_is_one() -> None:
+    floor_s, factor = 0.2, 2.2
+    steps, prompts = seen(Random(6), 0.0)
+    prompts = [
+        msgspec.structs.replace(
+            one,
+            ttft_s=max(
+                one.ttft_s,
+                floor_s * (factor if one.point.adapter else 1) + TRUTH["request_overhead_s"],
+            ),
+        )
+        for one in prompts
+        if not one.point.beside
+    ]
+    steps = [
+        msgspec.structs.replace(
+            one, step_s=max(one.step_s, floor_s * (factor if one.point.adapters else 1))
+        )
+        if isinstance(one.point, Mixed)
+        else one
+        for one in steps
+    ]
+    found = fit(steps, prompts, resamples=0)
+    assert found.estimates["prefill_floor_s"].value == pytest.approx(floor_s, rel=0.02)
+    assert found.estimates["prefill_floor_lora_factor"].value == pytest.approx(factor, rel=0.02)
+    assert found.estimates["prefill_per_token_s"].value == pytest.approx(1.6e-3, rel=0.05)
 
 
 def test_noise_and_wrong_measurements_move_it_little_and_the_intervals_say_so() -> None:

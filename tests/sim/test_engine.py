@@ -356,6 +356,23 @@ def test_an_engine_that_schedules_ahead_admits_one_step_later() -> None:
     assert moments == pytest.approx([5.51 + 1.21, 6.61 + 1.21])
 
 
+def test_an_engine_that_schedules_ahead_hands_tokens_out_when_the_next_step_is_launched() -> None:
+    env = Environment()
+    model = SimEngine(env, latency(prefill_floor_s=3.0), EngineLimits(async_scheduling=True))
+    first, second, third = request(1, 100), request(1, 1), request(1, 1)
+    model.submit(first)
+    env.run(until=3.5)
+    model.submit(second)
+    env.run(until=4.5)
+    model.submit(third)
+    until_done(env, third)
+    # Steps end at 3.0 (a prompt), 4.1, 5.2, 8.2 (a prompt), 11.2 (a prompt): what the step until 8.2
+    # sampled is looked at when the kernels of the one after it are launched, 3.0 later.
+    assert first.first_token == pytest.approx(3.0)
+    assert second.first_token == pytest.approx(11.2)
+    assert third.first_token == pytest.approx(11.2)
+
+
 # The fast path against the slow one.
 
 
@@ -391,11 +408,16 @@ def play(
     jump: bool,
     limits: EngineLimits,
     contention: float,
+    floor_s: float,
 ) -> list[tuple[object, ...]]:
     """Everything that happens, with its moment: first tokens, ends, loads; and what was counted."""
     env = Environment()
     model = latency(
-        kv_read_per_token_s=0.0007, prefill_per_pair_s=0.00013, host_contention=contention
+        kv_read_per_token_s=0.0007,
+        prefill_per_pair_s=0.00013,
+        host_contention=contention,
+        prefill_floor_s=floor_s,
+        prefill_floor_lora_factor=1.75,
     )
     seen: list[tuple[object, ...]] = []
     host = Host()
@@ -466,12 +488,18 @@ def play(
 
 
 @settings(max_examples=300, deadline=None)
-@given(events=EVENTS, limits=LIMITS, contention=st.sampled_from([0.0, 0.4567]))
+@given(
+    events=EVENTS,
+    limits=LIMITS,
+    contention=st.sampled_from([0.0, 0.4567]),
+    floor_s=st.sampled_from([0.0, 2.71]),
+)
 def test_many_steps_as_one_event_are_the_same_steps_to_the_last_bit(
     events: list[tuple[float, str, int, int, int, str | None, tuple[int, ...]]],
     limits: EngineLimits,
     contention: float,
+    floor_s: float,
 ) -> None:
-    fast = play(events, jump=True, limits=limits, contention=contention)
-    slow = play(events, jump=False, limits=limits, contention=contention)
+    fast = play(events, jump=True, limits=limits, contention=contention, floor_s=floor_s)
+    slow = play(events, jump=False, limits=limits, contention=contention, floor_s=floor_s)
     assert fast == slow
