@@ -53,6 +53,7 @@ def main() -> int:
     top.add_argument("--calibration", default="cpu-smollm2-135m")
     top.add_argument("--calibrate", type=Path, metavar="FILE.json", help="measure it first")
     top.add_argument("--only-calibrate", action="store_true", help="and nothing else")
+    top.add_argument("--quick", action="store_true", help="calibrate on fewer points")
     top.add_argument("--rounds", default="2", help="of --calibrate (default 2)")
     top.add_argument("--model", type=Path, default=CACHE / "smollm2-135m", metavar="FOLDER")
     top.add_argument("--model-id", default="smollm2-135m")
@@ -154,6 +155,7 @@ def calibrate(arguments: argparse.Namespace, llm: LLMConfig) -> None:
             [
                 *("calibrate", url, *shares_the_host, "--adapter", str(adapter)),
                 *("--out", str(arguments.calibrate), "--rounds", arguments.rounds),
+                *(("--quick",) if arguments.quick else ()),
             ]
         )
     if status:
