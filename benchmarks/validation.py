@@ -151,13 +151,13 @@ def calibrate(arguments: argparse.Namespace, llm: LLMConfig) -> None:
     adapter = next(path for path in sorted(arguments.adapters.iterdir()) if path.is_dir())
     with workers(arguments, llm) as (url, beside):
         shares_the_host = ("--beside", beside) if not this_machine([llm]).gpus else ()
-        status = sim(
-            [
-                *("calibrate", url, *shares_the_host, "--adapter", str(adapter)),
-                *("--out", str(arguments.calibrate), "--rounds", arguments.rounds),
-                *(("--quick",) if arguments.quick else ()),
-            ]
-        )
+        wanted = [
+            *("calibrate", url, *shares_the_host, "--adapter", os.path.relpath(adapter)),
+            *("--out", os.path.relpath(arguments.calibrate), "--rounds", arguments.rounds),
+            *(("--quick",) if arguments.quick else ()),
+        ]
+        sys.argv[1:] = wanted  # the command that the calibration names
+        status = sim(wanted)
     if status:
         raise SystemExit(status)
     prepare(arguments, CACHE / f"validation-{arguments.model_id}.yaml")

@@ -21,6 +21,7 @@ import msgspec
 from sim.calibrate.design import DECODE_TOKENS, Decode, Load, Mixed, Point, Prompt
 from sim.calibrate.target import Stream, Target, TargetError
 
+MARK: Final = ":calibrate-"  # in the name of each adapter that is loaded to be measured
 PARTS: Final = 3  # of a window in which all decode
 MIXED_TOKENS: Final = 16  # of the streams that a prompt joins
 NEIGHBOUR_STREAMS: Final = 4
@@ -61,11 +62,17 @@ class Bench:
         self._path = adapter_path
         self._loaded: dict[Target, list[str]] = {}
         self._names = 0
-        self._run = f"{time.time_ns():x}"  # what an earlier, killed run left loaded has other names
+        self._run = f"{time.time_ns():x}"
 
     async def warm_up(self) -> None:
-        """Let every engine compile, allocate and connect before anything counts."""
+        """Let every engine compile, allocate and connect before anything counts.
+
+        What a measurement that was killed has left in their slots is dropped.
+        """
         for target in (self._target, *self._beside):
+            for name in await target.held() if target.info.max_loras else ():
+                if MARK in name:
+                    await target.unload(name)
             await target.complete(64, 4, None)
             await asyncio.gather(*(target.complete(16, 4, None) for _ in range(4)))
 
@@ -140,7 +147,7 @@ class Bench:
     async def _load_new(self, target: Target, evict: Iterable[str] = ()) -> str:
         assert self._path is not None
         self._names += 1
-        name = f"{target.info.model_id}:calibrate-{self._run}-{self._names}"
+        name = f"{target.info.model_id}{MARK}{self._run}-{self._names}"
         await target.load(name, self._path, tuple(evict))
         return name
 
@@ -151,7 +158,7 @@ class Bench:
         loaded = self._loaded.setdefault(target, [])
         victim = [loaded.pop()] if len(loaded) >= target.info.max_loras else []
         self._names += 1
-        name = f"{target.info.model_id}:calibrate-{self._run}-{self._names}"
+        name = f"{target.info.model_id}{MARK}{self._run}-{self._names}"
         load_s = await target.load(name, self._path, victim)
         loaded.append(name)
         if tier == "host" and victim:

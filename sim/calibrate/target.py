@@ -15,6 +15,7 @@ import aiohttp
 import msgspec
 
 from engine_worker.protocol import (
+    ADAPTERS,
     INFO,
     LOAD,
     TOKEN_ENV,
@@ -23,6 +24,7 @@ from engine_worker.protocol import (
     Info,
     LoadReply,
     LoadRequest,
+    State,
     UnloadRequest,
 )
 from sim.calibrate.prompts import random_prompt
@@ -120,6 +122,18 @@ class Target:
             await self._post(UNLOAD, msgspec.json.encode(request))
         else:
             await self._post("/v1/unload_lora_adapter", msgspec.json.encode({"lora_name": name}))
+
+    async def held(self) -> list[str]:
+        """The adapters that it holds, by name."""
+        path = ADAPTERS if self.ours else "/v1/models"
+        async with self._session.get(self.url + path) as answer:
+            data = await answer.read()
+            if answer.status != 200:  # noqa: PLR2004
+                raise TargetError(f"{self.url}{path}: {answer.status}: {data[:300].decode()}")
+        if self.ours:
+            state = msgspec.json.decode(data, type=State)
+            return [adapter.name for adapter in (*state.gpu, *state.host)]
+        return [str(one["id"]) for one in msgspec.json.decode(data)["data"]]
 
     async def _post(self, path: str, body: bytes) -> bytes:
         headers = {"Content-Type": "application/json"}

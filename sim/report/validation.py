@@ -10,6 +10,7 @@ from rich.table import Table
 from sim.validate.compare import Comparison
 from sim.validate.workloads import Case
 
+OVERVIEW = ("mean", "p50", "p99")
 COLUMNS = ("figure", "real", "simulated", "error", "noise", "goal", "")
 
 
@@ -60,15 +61,16 @@ def markdown(found: Sequence[Comparison], about: dict[str, Any], cases: Sequence
     parts = [
         "# Real against simulated",
         "",
-        f"{met} of {len(goals)} goals met. `{about['command']}`, {about['date']}, {about['machine']}; "
-        f"{about['workers']} workers of {about['model']}, {about['slots']} slots each, calibration "
-        f"`{about['calibration']}`.",
+        f"{met} of {len(goals)} goals met. `{about['command']}`, {about['date']}, over {about['ran_on']}: "
+        f"{about['workers']} workers of {about['model']}, {about['slots']} slots each. Calibration "
+        f"`{about['calibration']}`: {about['calibrated']}.",
         "",
         f"Each workload was served {about['runs']} times by the real router over real workers; *noise* "
         "is how far two of those runs are from each other, *error* that between their mean and the "
         f"mean of {about['simulations']} simulations of each with other placement seeds. A goal is "
         "met where the error is within it, or within the noise.",
         "",
+        *_overview(found, cases),
     ]
     for case in cases:
         parts += [f"## {case.name}: {case.why}", "", "| " + " | ".join(COLUMNS) + " |"]
@@ -76,3 +78,20 @@ def markdown(found: Sequence[Comparison], about: dict[str, Any], cases: Sequence
         parts += ["| " + " | ".join(cells(one)) + " |" for one in found if one.case == case.name]
         parts.append("")
     return "\n".join(parts)
+
+
+def _overview(found: Sequence[Comparison], cases: Sequence[Case]) -> list[str]:
+    """Error and noise of what has a goal, and of the mean, by workload."""
+    shown = [
+        key
+        for key in dict.fromkeys((one.group, one.name) for one in found)
+        if key[1] in OVERVIEW or key[0] == "adapters"
+    ]
+    by_key = {(one.case, one.group, one.name): one for one in found}
+    lines = ["| error (noise) | " + " | ".join(case.name for case in cases) + " |"]
+    lines.append("|---" + "|---:" * len(cases) + "|")
+    for group, name in shown:
+        ones = [by_key[case.name, group, name] for case in cases]
+        row = " | ".join(f"{_share(one.error)} ({_share(one.noise)})" for one in ones)
+        lines.append(f"| {group} {name} | {row} |")
+    return [*lines, ""]

@@ -57,7 +57,8 @@ def validate(arguments: argparse.Namespace, errors: Console) -> int:
         raise ValidateError("the configuration has to serve one model, with adapters")
     record = arguments.record or Path(f"validation-{int(time.time())}.jsonl")
     evictions_file = record.with_suffix(".evictions.json")
-    if record.exists():
+    elsewhere = record.exists()
+    if elsewhere:
         errors.print(
             f"comparing with {record}; nothing is run",
             highlight=False,
@@ -84,6 +85,7 @@ def validate(arguments: argparse.Namespace, errors: Console) -> int:
         evictions_file.unlink()
     print_comparisons(Console(), found)
     about = _about(config.llm_configs[0], arguments)
+    about["ran_on"] = "a recording" if elsewhere else machine()
     if arguments.json is not None:
         data = {**about, "figures": [_finite(msgspec.to_builtins(one)) for one in found]}
         text = json.dumps(data, indent=2, allow_nan=False)
@@ -267,14 +269,15 @@ async def _metric(client: aiohttp.ClientSession, url: str, name: str) -> int:
 
 
 def _about(llm: LLMConfig, arguments: argparse.Namespace) -> dict[str, Any]:
+    calibration = read_calibration(llm.calibration or DEFAULT)
     return {
         "command": shlex.join(["python", "-m", "sim", *sys.argv[1:]]),
         "date": datetime.now(tz=UTC).date().isoformat(),
-        "machine": machine(),
         "model": llm.model_id,
         "workers": llm.replicas,
         "slots": llm.slots,
-        "calibration": read_calibration(llm.calibration or DEFAULT).name,
+        "calibration": calibration.name,
+        "calibrated": f"{calibration.engine}; {calibration.machine}; {calibration.date}",
         "runs": arguments.runs,
         "simulations": arguments.seeds,
     }

@@ -44,6 +44,19 @@ def is_healthy(url: str) -> bool:
         return False
 
 
+def load_adapter(url: str, name: str, folder: Path) -> None:
+    body = json.dumps({"adapter": {"name": name, "version": "1"}, "path": str(folder)}).encode()
+    request = urllib.request.Request(f"{url}/worker/v1/load", body)  # noqa: S310  (loopback)
+    with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
+        assert answer.status == 200
+
+
+def held(url: str) -> list[str]:
+    with urllib.request.urlopen(f"{url}/worker/v1/adapters", timeout=30) as answer:  # noqa: S310
+        state = json.load(answer)
+    return [adapter["name"] for adapter in (*state["gpu"], *state["host"])]
+
+
 @contextmanager
 def worker(folder: Path) -> Iterator[str]:
     """An emulated engine worker; its URL."""
@@ -75,6 +88,9 @@ def test_a_running_worker_is_measured_and_the_calibration_can_be_simulated(
     adapter = write_adapter(tmp_path / "adapter")
     out = tmp_path / "mine.json"
     with worker(tmp_path) as url:
+        # What a measurement that was killed has left in both slots.
+        for number in range(2):
+            load_adapter(url, f"m:calibrate-killed-{number}", adapter)
         command = ["calibrate", url, "--out", out, "--quick", "--rounds", "1"]
         without = sim(*command)
         assert without.returncode == 2, "an engine with adapters is to be given one"
@@ -87,6 +103,7 @@ def test_a_running_worker_is_measured_and_the_calibration_can_be_simulated(
         again = sim(*command)
         assert again.returncode == 0, again.stderr
         assert "already" in again.stderr
+        assert held(url) == []
     assert out.read_bytes() == first
     made = read_calibration(str(out))
     assert (made.engine, made.model) == ("emulated 1", "m")
