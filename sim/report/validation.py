@@ -61,9 +61,9 @@ def markdown(found: Sequence[Comparison], about: dict[str, Any], cases: Sequence
     parts = [
         "# Real against simulated",
         "",
-        f"{met} of {len(goals)} goals met. `{about['command']}`, {about['date']}, over {about['ran_on']}: "
-        f"{about['workers']} workers of {about['model']}, {about['slots']} slots each. Calibration "
-        f"`{about['calibration']}`: {about['calibrated']}.",
+        f"{met} of {len(goals)} goals met. `{about['command']}`, {about['date']}, over "
+        f"{about['ran_on']}: {about['workers']} workers of {about['model']}, {about['slots']} slots "
+        f"each. Calibration `{about['calibration']}`: {about['calibrated']}.",
         "",
         f"Each workload was served {about['runs']} times by the real router over real workers; *noise* "
         "is how far two of those runs are from each other, *error* that between their mean and the "

@@ -1,7 +1,7 @@
 """The simulator against what two real vLLM workers did on two H100s, as the router recorded it.
 
-The recording is 3 runs of 4 workloads; see docs/validation-h100.md. The calibration was measured in another
-session on the same kind of machine, so nothing here was fitted to what it is compared with.
+The recording is 3 runs of 4 workloads; see docs/validation-h100.md. The calibration was measured in
+another session on the same kind of machine: nothing here was fitted to what it is compared with.
 """
 
 import json
@@ -19,14 +19,14 @@ FOLDER = Path(__file__).parents[2] / "benchmarks" / "recordings" / "h100-llama-3
 CASES = ("steady", "bursty", "slots", "long")
 RUNS = 3
 SEEDS = 2
-# The relative error that each figure may have. The goal for the last two is 10% and 2%, or the noise between
-# the real runs, which is larger in two of the workloads.
+# The relative error that each figure may have. Two real runs differ by up to 24% in the time to first
+# token, and by up to 3% in hits.
 NEAR = {
     ("e2e_s", "mean"): 0.05,
     ("e2e_s", "p50"): 0.05,
     ("itl_s", "p50"): 0.07,
     ("throughput", "output tokens/s"): 0.05,
-    ("ttft_s", "p50"): 0.15,
+    ("ttft_s", "p50"): 0.20,
     ("adapters", "hits"): 0.025,
 }
 

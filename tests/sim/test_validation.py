@@ -129,7 +129,8 @@ def test_the_report_has_every_case_and_figure() -> None:
     run = figures([served(0), served(1)], 0)
     found = compare(CASES[0].name, [run, run], [run])
     about = {
-        "command": "c", "date": "d", "ran_on": "m", "calibrated": "x", "workers": 2, "model": "b", "slots": 4,
+        "command": "c", "date": "d", "ran_on": "m", "calibrated": "x", "workers": 2,
+        "model": "b", "slots": 4,
         "calibration": "x", "runs": 2, "simulations": 1,
     }  # fmt: skip
     text = markdown(found, about, CASES[:1])
