@@ -123,4 +123,4 @@ demo-adapters: install-train  ## train the demonstration's adapters again (12 mi
 	$(PY) -m engine_worker.demo train $(MODEL) configs/demo-adapters
 
 clean:  ## remove what was built: environments, demo model, caches
-	rm -rf $(VENV) $(VENV)-lowest $(CACHE) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf build sim/*.so lorayard__mypyc*.so $(VENV) $(VENV)-lowest $(CACHE) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

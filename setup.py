@@ -1,33 +1,74 @@
 """Build the engine model as C extensions, by mypyc, where a C compiler is at hand.
 
-The rule: compiled or not, the results are the same to the last bit; compiled, they come sooner. So
-nothing here may fail an installation: what cannot be compiled runs as Python. `LORAYARD_PURE_PYTHON=1`
-leaves the extensions out on purpose.
+The rule: compiled or not, the results are the same to the last bit; compiled, they come sooner. So all
+modules are built or none, nothing here may fail an installation, and what is not built anew is removed:
+an extension that is older than its source would hide it. `LORAYARD_PURE_PYTHON=1` builds none.
 """
 
 import os
 import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
+ROOT = Path(__file__).resolve().parent
 COMPILED = ["sim/engine.py", "sim/host.py", "sim/kv.py"]
 BUILDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel"}
+# No fused multiply-add, whose last bit is another; and a new compiler's warnings are no errors.
+FLAGS = ["-ffp-contract=off", "-Wno-error"]
 
 
 def extensions() -> list[Extension]:
     """What to build: nothing where nothing is built, or where that was asked for."""
-    if not BUILDS & set(sys.argv) or os.environ.get("LORAYARD_PURE_PYTHON") == "1":
+    if not BUILDS & set(sys.argv):
         return []
-    from mypyc.build import mypycify  # noqa: PLC0415  (takes a second)
-
+    remove_built()
+    if os.environ.get("LORAYARD_PURE_PYTHON") == "1":
+        return []
     try:
-        found: list[Extension] = mypycify(COMPILED, group_name="lorayard", opt_level="3")
-    except SystemExit:  # mypy has said why
-        sys.stderr.write("the engine model is not compiled: it runs as Python\n")
+        from mypyc.build import mypycify  # noqa: PLC0415  (it may not be there)
+
+        found: list[Extension] = mypycify(
+            ["--explicit-package-bases", *COMPILED], group_name="lorayard", opt_level="3"
+        )
+    except (Exception, SystemExit) as error:  # noqa: BLE001  (whatever it was, Python will do)
+        tell(error)
         return []
-    for extension in found:
-        extension.optional = True  # so that a missing compiler is a warning
+    if os.name == "posix":
+        for extension in found:
+            extension.extra_compile_args += FLAGS
     return found
 
 
-setup(ext_modules=extensions())
+class BuildAllOrNone(build_ext):
+    """The modules call each other: one of them alone would not import."""
+
+    def run(self) -> None:
+        """Build, or go on without."""
+        try:
+            super().run()
+        except (Exception, SystemExit) as error:  # noqa: BLE001
+            tell(error)
+            for extension in self.extensions:
+                Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+            remove_built()
+            self.extensions = []
+
+
+def remove_built() -> None:
+    """Take away what an earlier build left beside the source."""
+    for pattern in (
+        "lorayard__mypyc*.so",
+        *(f"{Path(path).with_suffix('')}.*.so" for path in COMPILED),
+    ):
+        for built in ROOT.glob(pattern):
+            built.unlink()
+
+
+def tell(error: BaseException) -> None:
+    """Say that it goes on without."""
+    sys.stderr.write(f"the engine model is not compiled ({error}): it runs as Python\n")
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildAllOrNone})

@@ -108,10 +108,9 @@ def prepare(arguments: argparse.Namespace, config: Path) -> None:
     slots = arguments.engine_kwargs["max_loras"]
     given = sorted(path for path in arguments.adapters.iterdir() if path.is_dir())
     store = CACHE / f"validation-{arguments.model_id}"
+    shutil.rmtree(store, ignore_errors=True)
     for number in range(slots * WORKERS * 3 // 2):
-        copy = store / f"adapter-{number:02d}"
-        if not copy.exists():
-            shutil.copytree(given[number % len(given)], copy)
+        shutil.copytree(given[number % len(given)], store / f"adapter-{number:02d}")
     replicas = {"min_replicas": WORKERS, "max_replicas": WORKERS}
     calibration = arguments.calibration
     if arguments.calibrate is not None:
@@ -196,7 +195,10 @@ def workers(arguments: argparse.Namespace, llm: LLMConfig) -> Iterator[list[str]
         for one in started:
             one.terminate()
         for one in started:
-            one.wait(60)
+            try:
+                one.wait(60)
+            except subprocess.TimeoutExpired:
+                one.kill()
 
 
 def answers(url: str) -> bool:

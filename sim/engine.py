@@ -485,6 +485,7 @@ class SimEngine:
             requests_ps = requests_ps * slowdown // PERMILLE
             context_ps = context_ps * slowdown // PERMILLE
             prompts_ps = prompts_ps * slowdown // PERMILLE
+            self._launch_ps = self._launch_ps * slowdown // PERMILLE
         self._rise_ps = context_ps * decoding
         self._first_ps = requests_ps + context_ps * self._context + prompts_ps + stall_ps
         if chunks:
@@ -634,7 +635,7 @@ class SimEngine:
                 request.first_token = now
             if request.on_token is not None:
                 request.on_token()
-            if last:
+            if last and not request.aborted:  # its last token may have ended it otherwise
                 request.finished = now
                 if request.on_done is not None:
                     request.on_done(request)

@@ -1,7 +1,7 @@
 """An asyncio event loop whose clock is a SimPy environment: the router waits in virtual time.
 
 The rule: run every callback that is ready, then let the environment take one step; never look at a
-real clock. `time()` is `env.now`, a timer is a SimPy event, and an idle loop steps the environment.
+real clock. `time()` is `env.now`, a timer is a moment of it, and an idle loop steps the environment.
 So `asyncio.timeout`, `loop.call_at` and SimPy processes share one order of events, and two runs of
 one program give the same order.
 
@@ -41,6 +41,12 @@ class _Handle(asyncio.Handle):
     # Never set on one of them.
     _repr = None
     _source_traceback = None
+
+    def cancel(self) -> None:
+        """Let it not be called."""
+        self._cancelled = True
+        self._callback = None
+        self._args = ()
 
 
 _new_handle: Final[Callable[[type[_Handle]], Any]] = _Handle.__new__

@@ -13,6 +13,7 @@ DECODE_TOKENS: Final = 24
 BATCHES: Final = (1, 2, 4, 8, 16, 32, 64, 128)
 BATCHES_MANY_ADAPTERS: Final = 32  # in larger ones, one adapter or none: they take the longest
 CONTEXTS: Final = (32, 512, 1536, 6144)
+BATCHES_MIN: Final = 4  # of which half are enough no more: a fit takes three
 MIXED_BATCHES: Final = (1, 4, 16, 64)
 MIXED_PROMPTS: Final = (64, 256, 1024)
 PROMPTS: Final = (16, 64, 256, 512, 1024, 2000, 4000, 8000)
@@ -81,7 +82,8 @@ def points(bounds: Bounds, *, quick: bool) -> list[Point]:
     contexts = [tokens for tokens in CONTEXTS if tokens <= longest]
     distinct = [0, *(count for count in DISTINCT if count <= bounds.max_loras)]
     if quick:
-        batches, contexts, distinct = batches[::2], contexts[:2], distinct[:3]
+        batches = batches[::2] if len(batches) > BATCHES_MIN else batches
+        contexts, distinct = contexts[:2], distinct[:3]
     sides = (False, True) if bounds.neighbours else (False,)
     found: list[Point] = [
         Decode(requests, adapters, context, beside)
@@ -104,6 +106,7 @@ def points(bounds: Bounds, *, quick: bool) -> list[Point]:
         for adapters in distinct[:2]
         for tokens in MIXED_PROMPTS[:: 2 if quick else 1]
         if tokens <= min(longest, bounds.max_num_batched_tokens - requests)
+        and requests * (contexts[0] + DECODE_TOKENS) + tokens <= bounds.kv_tokens * 0.9
     ]
     found += [
         Prompt(tokens, adapter, beside)

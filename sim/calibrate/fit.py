@@ -199,7 +199,9 @@ def _with_or_without_floor(
     free_floor = free[floor].copy()
     start = np.array(START)
     alone = table[:, IS_PROMPT] > 0
-    shortest = alone & (table[:, TOKENS] == table[alone, TOKENS].min()) & (table[:, ADAPTERS] == 0)
+    shortest = alone & (table[:, TOKENS] == table[alone, TOKENS].min())
+    if (plain_too := shortest & (table[:, ADAPTERS] == 0)).any():
+        shortest = plain_too
     start[floor[0]] = np.median(seen[shortest])
     start[NAMES.index("request_overhead_s")] = start[floor[0]] / 10
     reached = _solve(table, seen, free, start)

@@ -132,9 +132,12 @@ class Bench:
         moment = joined.came[0]
         if moment >= min(stream.came[-1] for stream in streams):
             return []  # they had ended before it was computed
-        step_s = median(stream.longest_gap(joined.asked, moment) for stream in streams)
+        took = [stream.step_until(moment, joined.asked) for stream in streams]
+        seen = [step_s for step_s in took if step_s is not None and step_s > 0]
+        if not seen:
+            return []
         decoded = sum(one <= moment for stream in streams for one in stream.came)
-        return [StepSeen(point, point.requests * point.prompt + decoded, step_s)]
+        return [StepSeen(point, point.requests * point.prompt + decoded, median(seen))]
 
     async def _adapters(self, target: Target, count: int) -> list[str]:
         """So many adapters in slots of the engine: the first ones that were loaded."""

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import hashlib
 import os
 import shlex
 import sys
@@ -88,7 +89,8 @@ async def _measure(arguments: argparse.Namespace, errors: Console) -> tuple[Info
             )
         path = str(arguments.adapter.resolve()) if arguments.adapter else None
         todo = rounds(_bounds(target, beside), arguments.rounds, quick=arguments.quick)
-        head = Head(info, arguments.rounds, arguments.quick, len(beside), path or "")
+        design = hashlib.blake2b(msgspec.json.encode(todo), digest_size=8).hexdigest()
+        head = Head(info, arguments.rounds, arguments.quick, len(beside), path or "", design)
         session = Session(arguments.out.with_suffix(".observations.jsonl"), head)
         if session.done:
             errors.print(

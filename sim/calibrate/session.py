@@ -26,6 +26,7 @@ class Head(msgspec.Struct, frozen=True):
     quick: bool
     neighbours: int
     adapter: str = ""
+    design: str = ""  # a digest of its points: they are known by their number
 
 
 class _Line(msgspec.Struct, frozen=True):

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from itertools import pairwise
 from random import Random
+from statistics import median
 from typing import Any, Final
 
 import aiohttp
@@ -44,11 +45,20 @@ class Stream(msgspec.Struct):
     asked: float
     came: list[float]
 
-    def longest_gap(self, since: float, until: float) -> float:
-        """The longest time between two pieces that has something of `since` to `until` in it."""
-        pairs = list(pairwise(self.came))
-        gaps = [later - earlier for earlier, later in pairs if later >= since and earlier <= until]
-        return max(gaps or [later - earlier for earlier, later in pairs])
+    def step_until(self, moment: float, since: float) -> float | None:
+        """How long the step took that ended at `moment`, of those that ended after `since`.
+
+        The time from the last piece before `since` to the one of `moment`, less a usual step for each
+        other one in it. A single gap would not do: an engine that schedules ahead hands out the tokens
+        of the step before late. None where there is no such stretch.
+        """
+        usual = median(later - earlier for earlier, later in pairwise(self.came))
+        before = [index for index, came in enumerate(self.came) if came <= since]
+        until = [index for index, came in enumerate(self.came) if came <= moment + usual / 2]
+        if not before or not until or until[-1] <= before[-1]:
+            return None
+        steps = until[-1] - before[-1]
+        return self.came[until[-1]] - self.came[before[-1]] - (steps - 1) * usual
 
 
 class Target:

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from engine_worker.protocol import Info
-from sim.calibrate.fit import Estimate, Fit
+from sim.calibrate.fit import FLOOR, Estimate, Fit
 from sim.calibrate.measure import LoadSeen
 from sim.latency import Calibration, Coefficient, EngineDefaults, FitError, LoadTimes
 from sim.machine import machine
@@ -28,7 +28,7 @@ def calibration(
         f"`{command}`"
     )
     coefficients: dict[str, Any] = {
-        key: _coefficient(estimate, measured) for key, estimate in fit.estimates.items()
+        key: _coefficient(key, estimate, measured) for key, estimate in fit.estimates.items()
     }
     rank = max(1, info.max_lora_rank)
     return Calibration(
@@ -68,7 +68,9 @@ def calibration(
     )
 
 
-def _coefficient(estimate: Estimate, measured: str) -> Coefficient:
+def _coefficient(name: str, estimate: Estimate, measured: str) -> Coefficient:
+    if estimate.interval is None and name in FLOOR:
+        return Coefficient(estimate.value, "none: what was seen is explained without one")
     if estimate.interval is None:
         return Coefficient(estimate.value, "not measured: the run did not vary it")
     low, high = (0.0 if bound < NOTHING else bound for bound in estimate.interval)

@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import json
 import math
+import os
 import re
 import shlex
 import signal
@@ -43,6 +44,14 @@ class ValidateError(UserError):
     """The real side cannot be run. The message says why."""
 
 
+class Recorded(msgspec.Struct, frozen=True):
+    """What the recording itself does not say: when and where, and the evictions of each workload."""
+
+    date: str
+    machine: str
+    evictions: dict[str, int]
+
+
 def validate(arguments: argparse.Namespace, errors: Console) -> int:
     """Run both sides, print, write; return the exit status: 1 where a goal was missed."""
     config = load(arguments.config)
@@ -56,9 +65,9 @@ def validate(arguments: argparse.Namespace, errors: Console) -> int:
     if len(config.llm_configs) != 1 or not config.llm_configs[0].slots:
         raise ValidateError("the configuration has to serve one model, with adapters")
     record = arguments.record or Path(f"validation-{int(time.time())}.jsonl")
-    evictions_file = record.with_suffix(".evictions.json")
-    elsewhere = record.exists()
-    if elsewhere:
+    about_file = record.with_suffix(".about.json")
+    noted = _calibration_file(config.llm_configs[0]) if arguments.note else None
+    if record.exists():
         errors.print(
             f"comparing with {record}; nothing is run",
             highlight=False,
@@ -70,11 +79,11 @@ def validate(arguments: argparse.Namespace, errors: Console) -> int:
         partial = record.with_suffix(".partial.jsonl")
         partial.unlink(missing_ok=True)
         told = asyncio.run(_real(arguments, config, cases, partial, errors))
-        evictions_file.write_text(json.dumps(told), encoding="utf-8")
+        about_file.write_bytes(msgspec.json.encode(told))
         partial.rename(record)
     try:
-        evictions = json.loads(evictions_file.read_text(encoding="utf-8"))
-        found = _compare(arguments, config, cases, record, evictions, errors)
+        recorded = msgspec.json.decode(about_file.read_bytes(), type=Recorded)
+        found = _compare(arguments, config, cases, record, recorded.evictions, errors)
     except (KeyError, ValueError, IndexError, msgspec.DecodeError) as error:
         raise ValidateError(
             f"{record} is no recording of these cases and runs ({type(error).__name__}: {error}); "
@@ -82,25 +91,31 @@ def validate(arguments: argparse.Namespace, errors: Console) -> int:
         ) from None
     if not arguments.record:
         record.unlink()
-        evictions_file.unlink()
+        about_file.unlink()
     print_comparisons(Console(), found)
-    about = _about(config.llm_configs[0], arguments)
-    about["ran_on"] = "a recording" if elsewhere else machine()
+    about = _about(config.llm_configs[0], arguments, recorded)
     if arguments.json is not None:
         data = {**about, "figures": [_finite(msgspec.to_builtins(one)) for one in found]}
         text = json.dumps(data, indent=2, allow_nan=False)
         arguments.json.write_text(text + "\n", encoding="utf-8")
-    if arguments.note:
-        _note(config.llm_configs[0], found)
     if arguments.report is not None:
         arguments.report.write_text(markdown(found, about, cases), encoding="utf-8")
+    if noted is not None:
+        _note(noted, recorded, found)
     return 0 if all(one.met is not False for one in found) else 1
 
 
-def _note(llm: LLMConfig, found: Sequence[Comparison]) -> None:
-    """Write into the calibration's file how far simulations with it were from reality."""
+def _calibration_file(llm: LLMConfig) -> Path:
+    """The file to note the errors in, which can be written."""
     name = llm.calibration or DEFAULT
     path = Path(name) if name.endswith(".json") else Path(str(FOLDER / f"{name}.json"))
+    if not os.access(path, os.W_OK):
+        raise ValidateError(f"--note: {path} cannot be written; use a copy of it as calibration")
+    return path
+
+
+def _note(path: Path, recorded: "Recorded", found: Sequence[Comparison]) -> None:
+    """Write into the calibration's file how far simulations with it were from reality."""
     errors: dict[str, float] = {}
     noise: dict[str, float] = {}
     for one in found:
@@ -112,12 +127,12 @@ def _note(llm: LLMConfig, found: Sequence[Comparison]) -> None:
         if one.error >= errors.get(key, 0.0):
             errors[key], noise[key] = round(one.error, 4), round(one.noise, 4)
     validated = Validated(
-        date=datetime.now(tz=UTC).date().isoformat(),
+        date=recorded.date,
         workloads=tuple(dict.fromkeys(one.case for one in found)),
         errors=errors,
         noise=noise,
     )
-    calibration = msgspec.structs.replace(read_calibration(name), validated=validated)
+    calibration = msgspec.structs.replace(read_calibration(str(path)), validated=validated)
     data = msgspec.json.format(msgspec.json.encode(calibration), indent=2)
     path.write_bytes(data + b"\n")
 
@@ -175,7 +190,7 @@ async def _real(
     cases: Sequence[Case],
     record: Path,
     errors: Console,
-) -> dict[str, int]:
+) -> "Recorded":
     llm = config.llm_configs[0]
     evictions: dict[str, int] = {}
     async with _router(arguments.config, record, errors) as (client, url):
@@ -218,7 +233,7 @@ async def _real(
                 after = await _metric(client, url, EVICTIONS)
                 evictions[label], before = after - before, after
                 await asyncio.sleep(arguments.pause)
-    return evictions
+    return Recorded(datetime.now(tz=UTC).date().isoformat(), machine(), evictions)
 
 
 @contextlib.asynccontextmanager
@@ -268,11 +283,12 @@ async def _metric(client: aiohttp.ClientSession, url: str, name: str) -> int:
     return int(sum(float(value) for value in values))
 
 
-def _about(llm: LLMConfig, arguments: argparse.Namespace) -> dict[str, Any]:
+def _about(llm: LLMConfig, arguments: argparse.Namespace, recorded: "Recorded") -> dict[str, Any]:
     calibration = read_calibration(llm.calibration or DEFAULT)
     return {
         "command": shlex.join(["python", "-m", "sim", *sys.argv[1:]]),
-        "date": datetime.now(tz=UTC).date().isoformat(),
+        "date": recorded.date,
+        "ran_on": recorded.machine,
         "model": llm.model_id,
         "workers": llm.replicas,
         "slots": llm.slots,

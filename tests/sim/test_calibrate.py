@@ -214,6 +214,18 @@ def test_steps_are_read_off_where_all_streams_decode() -> None:
     assert list(steps_of(point, [Stream(0.0, [1.0, 1.1])])) == []
 
 
+def test_the_step_of_a_prompt_that_joins_is_read_off_whenever_tokens_are_handed_out() -> None:
+    # Decoding takes 0.1; a prompt asked for at 1.02 is computed in a step of 0.5 that ends at 1.7.
+    at_once = Stream(0.0, [0.8, 0.9, 1.0, 1.1, 1.2, 1.7, 1.8, 1.9])
+    # An engine that schedules ahead hands out the tokens of 1.2 when the long step is launched.
+    late = Stream(0.0, [0.8, 0.9, 1.0, 1.1, 1.6, 1.7, 1.8, 1.9])
+    for stream in (at_once, late):
+        assert stream.step_until(1.7, 1.02) == pytest.approx(0.5)
+        # The piece of that step may come a moment after the prompt's own.
+        assert stream.step_until(1.69, 1.02) == pytest.approx(0.5)
+    assert at_once.step_until(0.7, 0.6) is None
+
+
 HEAD = Head(INFO, 1, quick=False, neighbours=0)
 
 

@@ -425,6 +425,7 @@ def play(
         SimEngine(env, model, limits, host=host, segment_tokens=64, jump=jump) for _ in range(3)
     ]
     requests: list[tuple[SimEngine, EngineRequest]] = []
+    ended: list[EngineRequest] = []
     loads: list[simpy.Event] = []
 
     def submit(
@@ -442,6 +443,7 @@ def play(
             submit((which + 1) % 3, output, 1 + prompt // 4, adapter, (), again=False)
 
         def done(item: EngineRequest) -> None:
+            ended.append(item)
             seen.append((number, env.now, item.first_token, item.aborted, item.preemptions))
             if again:  # as a router does: what ends makes room for the next, elsewhere too
                 env.at(env.now, follow)
@@ -480,6 +482,8 @@ def play(
         env.at(moment, happen, value=entry)
     env.run()
     assert all(load.processed for load in loads)
+    served = [item for on, item in requests if on.fits(item) or item.aborted]
+    assert sorted(map(id, ended)) == sorted(map(id, served)), "each is told its end once"
     for one in engines:
         assert (one.running, one.waiting, one.kv.free) == (0, 0, one.kv.total)
         assert one.kv.blank + one.kv.cached == one.kv.total

@@ -46,7 +46,7 @@ def simulations(served: list[Served]) -> list[Simulated]:
 def test_the_simulator_is_near_to_a_recorded_run(
     case: str, served: list[Served], simulations: list[Simulated]
 ) -> None:
-    evictions = json.loads((FOLDER / "run.evictions.json").read_text())
+    evictions = json.loads((FOLDER / "run.about.json").read_text())["evictions"]
     labels = [f"{case}/{number}" for number in range(RUNS)]
     real = [
         figures([one for one in served if one.label == label], evictions[label]) for label in labels
