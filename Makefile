@@ -114,9 +114,9 @@ bench: $(VENV)/.test  ## measure the router's cost and the simulator's speed on 
 	$(PY) -m benchmarks.recorder_overhead
 	$(PY) -m benchmarks.simulator_speed
 
-validate: $(VENV)/.test install-engine  ## compare the simulator with two real vLLM workers (a quarter of an hour)
+validate: $(VENV)/.test install-engine  ## compare the simulator with two real vLLM workers of this machine (half an hour)
 	$(PY) -m engine_worker.demo build $(MODEL)
-	$(PY) -m benchmarks.validation --rate 1.6
+	$(PY) -m benchmarks.validation --calibrate $(CACHE)/mine.json
 
 demo-adapters: install-train  ## train the demonstration's adapters again (12 minutes on 2 cores)
 	$(PY) -m engine_worker.demo build $(MODEL)

@@ -8,9 +8,11 @@ import json
 from pathlib import Path
 from statistics import fmean
 
+import msgspec
 import pytest
 
 from router.config import load
+from sim.latency import Coefficient, read_calibration
 from sim.validate.compare import figures
 from sim.validate.record import Served, read_record
 from sim.validate.simulate import Simulated, simulate
@@ -60,3 +62,19 @@ def test_the_simulator_is_near_to_a_recorded_run(
         happened = fmean(run[figure] for run in real)
         said = fmean(run[figure] for run in simulated)
         assert said == pytest.approx(happened, rel=near), figure
+
+
+def test_without_the_launch_of_steps_it_would_be_far_off(
+    tmp_path: Path, served: list[Served]
+) -> None:
+    config = load(FOLDER / "config.yaml")
+    [llm] = config.llm_configs
+    calibration = read_calibration(str(llm.calibration))
+    other = msgspec.structs.replace(calibration, prefill_floor_s=Coefficient(0.0, "left out"))
+    path = tmp_path / "other.json"
+    path.write_bytes(msgspec.json.encode(other))
+    other_llm = msgspec.structs.replace(llm, calibration=str(path))
+    run = simulate(msgspec.structs.replace(config, llm_configs=(other_llm,)), served, "affinity", 0)
+    real = figures([one for one in served if one.label == "steady/0"], 0)
+    simulated = figures([one for one in run.served if one.label == "steady/0"], 0)
+    assert simulated["e2e_s", "p50"] < real["e2e_s", "p50"] / 2
