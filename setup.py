@@ -1,8 +1,9 @@
 """Build the engine model as C extensions, by mypyc, where a C compiler is at hand.
 
 The rule: compiled or not, the results are the same to the last bit; compiled, they come sooner. So all
-modules are built or none, nothing here may fail an installation, and what is not built anew is removed:
-an extension that is older than its source would hide it. `LORAYARD_PURE_PYTHON=1` builds none.
+modules are built or none, nothing here may fail an installation, and where they are built beside the
+source, what is there is removed first: an extension that is older than its source would hide it.
+`LORAYARD_PURE_PYTHON=1` builds none.
 """
 
 import os
@@ -14,7 +15,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 COMPILED = ["sim/engine.py", "sim/host.py", "sim/kv.py"]
-BUILDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel"}
+BESIDE_SOURCE = {"develop", "editable_wheel"}
+BUILDS = {"bdist_wheel", "build", "build_ext", *BESIDE_SOURCE}
 # No fused multiply-add, whose last bit is another; and a new compiler's warnings are no errors.
 FLAGS = ["-ffp-contract=off", "-Wno-error"]
 
@@ -23,7 +25,8 @@ def extensions() -> list[Extension]:
     """What to build: nothing where nothing is built, or where that was asked for."""
     if not BUILDS & set(sys.argv):
         return []
-    remove_built()
+    if BESIDE_SOURCE & set(sys.argv):
+        remove_built()
     if os.environ.get("LORAYARD_PURE_PYTHON") == "1":
         return []
     try:
@@ -52,7 +55,8 @@ class BuildAllOrNone(build_ext):
             tell(error)
             for extension in self.extensions:
                 Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
-            remove_built()
+            if BESIDE_SOURCE & set(sys.argv):
+                remove_built()
             self.extensions = []
 
 
