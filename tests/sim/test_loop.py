@@ -127,3 +127,18 @@ def test_cancelled_timers_do_not_pile_up() -> None:
         return len(loop.env._queue)
 
     assert simulate(main()) < 3000
+
+
+def test_what_was_to_be_called_soon_can_be_cancelled() -> None:
+    called: list[str] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.call_soon(called.append, "never").cancel()
+        loop.call_soon(called.append, "once")
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0):
+                await asyncio.sleep(1)
+
+    run(Environment(), main())
+    assert called == ["once"]
