@@ -1,7 +1,8 @@
 """The simulator against what two real vLLM workers did on two H100s, as the router recorded it.
 
 The recording is 3 runs of 4 workloads; see docs/validation-h100.md. The calibration was measured in
-another session on the same kind of machine: nothing here was fitted to what it is compared with.
+another session, but terms of the model were found by looking at this recording: it guards what was
+reached, and is no blind test.
 """
 
 import json
@@ -20,7 +21,7 @@ from sim.validate.simulate import Simulated, simulate
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "recordings" / "h100-llama-3.1-8b"
 CASES = ("steady", "bursty", "slots", "long")
 RUNS = 3
-SEEDS = 2
+SEEDS = 5
 # The relative error that each figure may have. Two real runs differ by up to 24% in the time to first
 # token, and by up to 3% in hits.
 NEAR = {
@@ -28,7 +29,7 @@ NEAR = {
     ("e2e_s", "p50"): 0.05,
     ("itl_s", "p50"): 0.07,
     ("throughput", "output tokens/s"): 0.05,
-    ("ttft_s", "p50"): 0.20,
+    ("ttft_s", "p50"): 0.15,
     ("adapters", "hits"): 0.025,
 }
 
