@@ -60,9 +60,8 @@ class ModelService:
         fleet = Fleet(llm.model_id)
         self.router = Router(
             fleet,
-            POLICIES[config.policy],
+            POLICIES[config.policy](Random(config.seed)),
             self.pool,
-            rng=Random(config.seed),
             max_queued=config.max_queued_requests,
             queue_timeout_s=config.queue_timeout_s,
             max_overtakes=config.max_overtakes,

@@ -17,7 +17,7 @@ import msgspec
 from router.config import Config, LLMConfig
 from router.core.fleet import Fleet, Worker
 from router.core.job import AdapterRef, AdapterUse, Job, LoadError, Outcome, Rejected
-from router.core.placement import Decision
+from router.core.placement import Decision, Policy
 from router.core.policies import POLICIES
 from router.core.router import Router
 from sim.engine import EngineRequest
@@ -150,6 +150,20 @@ class _Ledger:
         self.tally[worker.id].evictions += 1
 
 
+class _Punctual(Policy):
+    """A policy that has heard, when it decides, all reports that have arrived by then."""
+
+    reports: Reports
+
+    def __init__(self, policy: Policy) -> None:
+        self._place = policy.place
+        self.arrived = policy.arrived  # type: ignore[method-assign]
+
+    def place(self, job: Job, fleet: Fleet, now: float) -> Decision:
+        self.reports.due()
+        return self._place(job, fleet, now)
+
+
 class _Model:
     """One base model's router, workers and ledger."""
 
@@ -161,23 +175,18 @@ class _Model:
             loop, llm, options.workers or llm.replicas, options.hash_block_tokens, host
         )
         self.ledger = _Ledger(loop.env, self.workers.by_id)
-        policy = POLICIES[options.policy]
-
-        def decide(job: Job, fleet: Fleet, rng: Random) -> Decision:
-            reports.due()
-            return policy(job, fleet, rng)
-
+        rng = Random(f"placement:{options.seed}:{llm.model_id}")
+        policy = _Punctual(POLICIES[options.policy](rng))
         self.router = Router(
             Fleet(llm.model_id),
-            decide,
+            policy,
             self.workers,
-            rng=Random(f"placement:{options.seed}:{llm.model_id}"),
             max_queued=config.router.max_queued_requests,
             queue_timeout_s=config.router.queue_timeout_s,
             max_overtakes=config.router.max_overtakes,
             observer=self.ledger,
         )
-        reports = Reports(loop.env, self.router, options.staleness_s)
+        policy.reports = reports = Reports(loop.env, self.router, options.staleness_s)
         for one in self.workers.by_id.values():
             self.router.add_worker(one.worker)
             one.reports = reports

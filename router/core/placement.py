@@ -1,12 +1,11 @@
 """The answer to "which worker?", with its reasons, and the shape of whoever answers.
 
-A policy is a pure function: it reads the fleet and changes nothing. Whoever waits is in router.py.
+A policy reads the fleet and changes nothing of it. Whoever waits is in router.py.
 The same `Decision` is logged, counted, hashed into a replay's digest and read by the tests.
 """
 
 from enum import StrEnum
 from random import Random
-from typing import Protocol
 
 import msgspec
 
@@ -24,6 +23,7 @@ class Reason(StrEnum):
     ROTATION = "rotation"  # its turn
     ALL_OVERLOADED = "all_overloaded"
     NO_SLOT = "no_slot"  # workers are free, but every slot of theirs is in use or loading
+    SATURATED = "saturated"  # those that could take it have work enough for the moment
     NO_WORKER = "no_worker"  # nobody accepts jobs
 
 
@@ -35,19 +35,56 @@ class Drop(StrEnum):
     AVOIDED = "avoided"
 
 
+class Considered(msgspec.Struct, frozen=True, gc=False):
+    """What placing the job on one worker was expected to cost, in seconds, term by term.
+
+    `wait_s` until work that is there already lets it begin, `load_s` until its adapter is resident,
+    `compute_s` for its prompt (less what is cached) and its answer in that batch, `others_s` what those
+    who run there lose by it, `harm_s` what the next user of the evicted adapter loses, `stay_s` what
+    speaks for staying where the adapter is.
+    """
+
+    worker: str
+    wait_s: float
+    load_s: float
+    compute_s: float
+    others_s: float
+    harm_s: float
+    stay_s: float
+
+    @property
+    def total_s(self) -> float:
+        """The cost: the least one wins."""
+        return (
+            self.wait_s + self.load_s + self.compute_s + self.others_s + self.harm_s + self.stay_s
+        )
+
+
 class Decision(msgspec.Struct, frozen=True, gc=False):
-    """Where a job goes and why. `worker` is None where it has to wait."""
+    """Where a job goes and why. `worker` is None where it has to wait.
+
+    `again_at` is when, in loop time, waiting alone will have changed that, where it will.
+    """
 
     worker: Worker | None
     reason: Reason
     dropped: tuple[tuple[str, Drop], ...] = ()
+    considered: tuple[Considered, ...] = ()
+    again_at: float | None = None
 
 
-class Policy(Protocol):
-    """Decides, and changes nothing. Capacity is reserved by the caller, before any await."""
+class Policy:
+    """Decides, and changes nothing of the fleet. The caller reserves capacity, before any await.
 
-    def __call__(self, job: Job, fleet: Fleet, rng: Random) -> Decision:
-        """Return the worker for the job, or None and why it must wait."""
+    What it remembers for itself (arrivals, a plan) it keeps in the instance: one for each router.
+    """
+
+    def arrived(self, job: Job, fleet: Fleet, now: float) -> None:
+        """A job has come; told once of each, before it is placed or waits."""
+
+    def place(self, job: Job, fleet: Fleet, now: float) -> Decision:
+        """The worker for the job, or None and why it must wait."""
+        raise NotImplementedError
 
 
 def with_room(fleet: Fleet, job: Job, rng: Random) -> Worker | None:

@@ -11,7 +11,6 @@ code runs on a real loop and on the simulator's.
 import asyncio
 import math
 from functools import partial
-from random import Random
 from types import TracebackType
 from typing import Final, Self
 
@@ -126,7 +125,6 @@ class Router:
         policy: Policy,
         loader: Loader,
         *,
-        rng: Random,
         max_queued: int = 1024,
         queue_timeout_s: float = 60.0,
         max_overtakes: int = 256,
@@ -137,7 +135,6 @@ class Router:
         self.queue_timeout_s = queue_timeout_s
         self._policy = policy
         self._loader = loader
-        self._rng = rng
         self._observer = observer or NoObserver()
         self._queue: AdmissionQueue[Grant] = AdmissionQueue(
             limit=max_queued, max_overtakes=max_overtakes
@@ -230,6 +227,7 @@ class Router:
         """Grant at once where a worker can take the job and nobody is to be let first."""
         if self._closed:
             raise self._shutting_down()
+        self._policy.arrived(job, self.fleet, self.loop.time())
         queue = self._queue
         if not queue:
             return self._try_grant(job)
@@ -329,7 +327,7 @@ class Router:
     # Placement, and the reservation in the same step.
 
     def _try_grant(self, job: Job) -> Grant | None:
-        decision = self._policy(job, self.fleet, self._rng)
+        decision = self._policy.place(job, self.fleet, self.loop.time())
         worker = decision.worker
         if worker is None:
             return None

@@ -100,9 +100,8 @@ class Cluster:
         self.log = Log()
         self.router = Router(
             Fleet("base"),
-            POLICIES[policy],
+            POLICIES[policy](Random(seed)),
             self.loader,
-            rng=Random(seed),
             observer=self.log,
             **settings,
         )

@@ -45,7 +45,7 @@ def fleet_of(*workers: W) -> Fleet:
 
 def decide(fleet: Fleet, adapter: str | None, seed: int, policy: str = "affinity") -> Decision:
     job = Job("1", ref(adapter) if adapter else None)
-    return POLICIES[policy](job, fleet, Random(seed))
+    return POLICIES[policy](Random(seed)).place(job, fleet, 0.0)
 
 
 CASES = [

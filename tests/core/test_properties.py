@@ -89,7 +89,7 @@ def check(cluster: Cluster, workers: list[Worker], policy: str) -> None:
     assert len(queue) <= MAX_QUEUED
     waiting = [queue.oldest] if queue.held() else list(queue)
     for waiter in waiting:
-        decision = POLICIES[policy](waiter.job, fleet, Random(0))
+        decision = POLICIES[policy](Random(0)).place(waiter.job, fleet, 0.0)
         assert decision.worker is None, (
             f"{waiter.job.id} waits, and {decision.worker} could take it"
         )

@@ -68,7 +68,7 @@ def test_a_tail_of_any_length_is_thinned() -> None:
     sampler = Sampler(span_s=60)
 
     async def scenario() -> None:
-        router = Router(Fleet("m"), POLICIES["affinity"], Never(), rng=Random(1))
+        router = Router(Fleet("m"), POLICIES["affinity"](Random(1)), Never())
         router.add_worker(Worker("w", max_ongoing=4, slots=2))
         sampler.start(loop, [router], dict.fromkeys(AdapterUse, 0))
         async with router.lease(Job("1", AdapterRef("m", "a"))):

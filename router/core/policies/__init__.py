@@ -1,11 +1,14 @@
 """The policies by name: what `router.policy` and `--policy` accept."""
 
+from collections.abc import Callable
+from random import Random
 from typing import Final
 
 from router.core.placement import Policy
-from router.core.policies import affinity, round_robin
+from router.core.policies.affinity import Affinity
+from router.core.policies.round_robin import RoundRobin
 
-POLICIES: Final[dict[str, Policy]] = {
-    "affinity": affinity.place,
-    "round_robin": round_robin.place,
+POLICIES: Final[dict[str, Callable[[Random], Policy]]] = {
+    "affinity": Affinity,
+    "round_robin": RoundRobin,
 }

@@ -8,21 +8,27 @@ from random import Random
 
 from router.core.fleet import Fleet, Worker
 from router.core.job import Job
-from router.core.placement import Decision, Reason, nobody
+from router.core.placement import Decision, Policy, Reason, nobody
 
 
-def place(job: Job, fleet: Fleet, rng: Random) -> Decision:  # noqa: ARG001  (the shape of a Policy)
-    """Choose the first worker that can serve, starting at the one whose turn it is."""
-    workers = list(fleet)
-    turn = sum(worker.completed + worker.in_flight for worker in workers)
-    avoided: Worker | None = None
-    for offset in range(len(workers)):
-        worker = workers[(turn + offset) % len(workers)]
-        if worker.ready_index < 0 or not worker.can_serve(job.adapter):
-            continue
-        if worker.id not in job.avoid:
-            return Decision(worker, Reason.ROTATION)
-        avoided = avoided or worker
-    if avoided is not None:
-        return Decision(avoided, Reason.ROTATION)
-    return Decision(None, nobody(fleet, job.adapter))
+class RoundRobin(Policy):
+    """The rule above. It draws nothing at random."""
+
+    def __init__(self, rng: Random) -> None:
+        pass
+
+    def place(self, job: Job, fleet: Fleet, now: float) -> Decision:  # noqa: ARG002
+        """Choose the first worker that can serve, starting at the one whose turn it is."""
+        workers = list(fleet)
+        turn = sum(worker.completed + worker.in_flight for worker in workers)
+        avoided: Worker | None = None
+        for offset in range(len(workers)):
+            worker = workers[(turn + offset) % len(workers)]
+            if worker.ready_index < 0 or not worker.can_serve(job.adapter):
+                continue
+            if worker.id not in job.avoid:
+                return Decision(worker, Reason.ROTATION)
+            avoided = avoided or worker
+        if avoided is not None:
+            return Decision(avoided, Reason.ROTATION)
+        return Decision(None, nobody(fleet, job.adapter))
