@@ -13,6 +13,8 @@ import msgspec
 import yaml
 
 from router.core.policies import POLICIES
+from router.core.quotas import Quota
+from router.core.residency import Eviction
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Natural = Annotated[int, msgspec.Meta(ge=0)]
@@ -41,7 +43,8 @@ class ModelLoadingConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True
 class LoraConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Where adapters are and how many one worker holds.
 
-    `accepted_base_models` names further values of `base_model_name_or_path` that adapters may carry.
+    `accepted_base_models` names further values of `base_model_name_or_path` that adapters may carry;
+    `eviction` says which idle adapter leaves for another, and `pinned_adapters` never do.
     """
 
     dynamic_lora_loading_path: str
@@ -49,6 +52,8 @@ class LoraConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     download_timeout_s: Seconds = 30.0
     max_download_tries: Positive = 3
     accepted_base_models: tuple[str, ...] = ()
+    eviction: Eviction = Eviction.LRU
+    pinned_adapters: tuple[str, ...] = ()
 
 
 class AutoscalingConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -92,6 +97,16 @@ class LLMConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         return self.lora_config.max_num_adapters_per_replica if self.lora_config else 0
 
     @property
+    def eviction(self) -> Eviction:
+        """Which idle adapter leaves a worker for another."""
+        return self.lora_config.eviction if self.lora_config else Eviction.LRU
+
+    @property
+    def pinned(self) -> tuple[str, ...]:
+        """Adapters that are loaded at the start and never evicted."""
+        return self.lora_config.pinned_adapters if self.lora_config else ()
+
+    @property
     def replicas(self) -> int:
         """How many workers are started, or attached."""
         if self.engine == "attached":
@@ -120,11 +135,29 @@ class RecordConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     prompts: bool = False
 
 
+class TenantConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A tenant: its share under contention, and what it may use a minute (None: no limit).
+
+    `priority` is that of its requests where they carry none; less is more urgent.
+    """
+
+    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    weight: Annotated[float, msgspec.Meta(gt=0, le=1e6)] = 1.0
+    requests_per_minute: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    tokens_per_minute: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    priority: Annotated[int, msgspec.Meta(ge=-3, le=3)] = 0
+
+
 class RouterConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """The router process itself. Every bound it keeps is here.
 
     `first_byte_timeout_s` is how long a worker may take to begin its answer, `idle_timeout_s` how
     long it may pause within one; `drain_timeout_s` how long running requests may take at shutdown.
+    Who has waited for an adapter's slot for `slot_patience_s` gets one that is freed for it;
+    `locality_tokens` is how far a request may overtake because its adapter is at hand (the policy's own
+    unless given). `ttft_deadline_s` is the latest time to the first token that is of use: what would miss
+    it is turned away, so that the others do not. `tenants` are named by the header `x-tenant`; a name that
+    is not listed is none. `explain_sample` is the share of decisions that are logged with their reasons.
     Requests need a key if the environment variable that `api_keys_env` names holds some, separated
     by commas.
     """
@@ -134,7 +167,11 @@ class RouterConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     policy: str = "affinity"
     max_queued_requests: Natural = 1024
     queue_timeout_s: Seconds = 60.0
-    max_overtakes: Natural = 256
+    slot_patience_s: Seconds = 1.0
+    locality_tokens: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    ttft_deadline_s: Seconds | None = None
+    tenants: tuple[TenantConfig, ...] = ()
+    explain_sample: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
     max_retries: Natural = 1
     max_body_bytes: Positive = 32 * 2**20
     first_byte_timeout_s: Seconds = 600.0
@@ -147,6 +184,19 @@ class RouterConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     api_keys_env: str = "LORAYARD_API_KEYS"
     seed: int | None = None
     record: RecordConfig | None = None
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The tenants' shares."""
+        return {tenant.name: tenant.weight for tenant in self.tenants}
+
+    @property
+    def quotas(self) -> dict[str, Quota]:
+        """The tenants' limits."""
+        return {
+            tenant.name: Quota(tenant.requests_per_minute, tenant.tokens_per_minute)
+            for tenant in self.tenants
+        }
 
 
 class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -164,6 +214,7 @@ _STRUCTS: Final[dict[str, type[msgspec.Struct]]] = {
     "$": Config,
     "$.router": RouterConfig,
     "$.router.record": RecordConfig,
+    "$.router.tenants[]": TenantConfig,
     "$.llm_configs[]": LLMConfig,
     "$.llm_configs[].model_loading_config": ModelLoadingConfig,
     "$.llm_configs[].lora_config": LoraConfig,
@@ -358,6 +409,12 @@ def _check_engine(llm: LLMConfig, path: str, lines: _Lines) -> None:
             f"{slots}; write `max_loras: {slots}`, or leave it out",
             f"{path}.engine_kwargs.max_loras",
         )
+    if len(set(llm.pinned)) >= slots and llm.pinned:
+        raise lines.error(
+            f"{len(set(llm.pinned))} pinned_adapters leave none of the {slots} slots for others; pin "
+            f"at most {slots - 1}, or raise max_num_adapters_per_replica",
+            f"{path}.lora_config.pinned_adapters",
+        )
     store = llm.lora_config.dynamic_lora_loading_path
     where = f"{path}.lora_config.dynamic_lora_loading_path"
     scheme = re.match(r"^([A-Za-z0-9]+):/", store)
@@ -379,6 +436,15 @@ def _check_router(config: Config, lines: _Lines) -> None:
                 f"$.llm_configs[{index}].model_loading_config.model_id",
             )
         seen[llm.model_id] = index
+    names: dict[str, int] = {}
+    for index, tenant in enumerate(config.router.tenants):
+        if tenant.name in names:
+            raise lines.error(
+                f"tenant `{tenant.name}` stands here twice (first as tenants[{names[tenant.name]}]); "
+                "remove one",
+                f"$.router.tenants[{index}].name",
+            )
+        names[tenant.name] = index
     if config.router.policy not in POLICIES:
         close = difflib.get_close_matches(config.router.policy, POLICIES, n=1)
         hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(sorted(POLICIES))}"

@@ -4,7 +4,10 @@ import asyncio
 import logging
 from pathlib import Path
 from random import Random
+from typing import Final
 from urllib.parse import quote
+
+import msgspec
 
 from router.adapters.cache import AdapterCache, default_cache_dir
 from router.adapters.catalog import AdapterCatalog
@@ -15,11 +18,22 @@ from router.core.fleet import Fleet
 from router.core.job import AdapterRef
 from router.core.policies import POLICIES
 from router.core.router import Router
+from router.core.timing import EngineTimes
 from router.telemetry.metrics import Metrics
 from router.workers.devices import NOTHING, Machine
 from router.workers.pool import WorkerPool
+from sim.latency import DEFAULT, LatencyModel, engine_times, read_calibration
 
 log = logging.getLogger("lorayard")
+RANK_DEFAULT: Final = 16  # vLLM's
+
+
+def _expected_times(llm: LLMConfig) -> EngineTimes:
+    """What to expect of the engine until it was observed: the calibration's word, or the default's."""
+    calibration = read_calibration(llm.calibration or DEFAULT)
+    rank = int(llm.engine_kwargs.get("max_lora_rank", RANK_DEFAULT))
+    model = LatencyModel(calibration, slots=llm.slots, rank_max=rank)
+    return msgspec.structs.replace(engine_times(model, rank), kv_tokens=0)
 
 
 class ModelService:
@@ -57,14 +71,17 @@ class ModelService:
             machine=machine,
             first_place=first_place,
         )
-        fleet = Fleet(llm.model_id)
+        fleet = Fleet(llm.model_id, _expected_times(llm))
         self.router = Router(
             fleet,
             POLICIES[config.policy](Random(config.seed)),
             self.pool,
             max_queued=config.max_queued_requests,
             queue_timeout_s=config.queue_timeout_s,
-            max_overtakes=config.max_overtakes,
+            slot_patience_s=config.slot_patience_s,
+            locality_tokens=config.locality_tokens,
+            weights=config.weights,
+            quotas=config.quotas,
         )
         self.router.set_observer(metrics.watch(llm.model_id, self.router))
         self._refreshing: asyncio.Task[None] | None = None

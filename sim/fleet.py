@@ -1,7 +1,7 @@
 """Simulated workers for the production router: engines, the loader, and reports that come late.
 
-A load has two parts, as in production. The adapter is fetched from the store once a host, however
-many workers want it, while their batches run on; then the engine takes it in, which stalls its batch.
+A load has two parts, as in production. The adapter is fetched from the store once, for all workers of
+the host, while their batches run on; then the engine takes it in, which stalls its batch.
 
 A worker reports itself at every change, and the router hears of it `staleness_s` later. Between two
 boundaries of an engine's steps nothing is reported: there, KV use alone would differ, by a few blocks.
@@ -15,11 +15,12 @@ import msgspec
 from router.config import LLMConfig
 from router.core.fleet import Report, Worker
 from router.core.job import AdapterRef
+from router.core.residency import Eviction
 from router.core.router import Router
 from sim.engine import EngineLimits, SimEngine, engine_limits
 from sim.environment import Environment, Moment
 from sim.host import Host
-from sim.latency import DEFAULT, LatencyModel, read_calibration
+from sim.latency import DEFAULT, LatencyModel, engine_times, read_calibration
 from sim.loop import SimLoop
 
 
@@ -44,13 +45,14 @@ def engine_model(llm: LLMConfig) -> tuple[LatencyModel, EngineLimits]:
 class Reports:
     """What the workers have said of themselves and the router has not yet heard.
 
-    The rule: the router knows a report from `staleness_s` after it on. Only a decision, or a change of
-    the adapters' ledger, can tell when it was told: so a report of mere load is handed over before the
-    next decision after its time (`due`), and one of adapters at its time.
+    The rule: the router knows a report from `staleness_s` after it on. Only a decision, a change of the
+    adapters' ledger, or somebody who waits can tell when it was told. So what is said while nobody waits,
+    and is of mere load, is handed over before the next decision after its time (`due`); the rest in time.
     """
 
     def __init__(self, env: Environment, router: Router, staleness_s: float) -> None:
         self._env = env
+        self._router = router
         self._observe = router.observe
         self._staleness_s = staleness_s
         self._said: deque[tuple[float, Worker, Report]] = deque()
@@ -59,7 +61,7 @@ class Reports:
         """A worker reports; `adapters` says whether those have changed."""
         moment = self._env.now + self._staleness_s
         self._said.append((moment, worker, report))
-        if adapters:
+        if adapters or self._router.queued:
             self._env.at(moment, self._arrive)
 
     def due(self) -> None:
@@ -121,10 +123,17 @@ class SimWorkers:
     """The workers of one model, by id, and the `Loader` for them. All share one host."""
 
     def __init__(
-        self, loop: SimLoop, llm: LLMConfig, count: int, hash_block_tokens: int, host: Host
+        self,
+        loop: SimLoop,
+        llm: LLMConfig,
+        count: int,
+        hash_block_tokens: int,
+        host: Host,
+        eviction: Eviction,
     ) -> None:
         self._loop = loop
         self.latency, limits = engine_model(llm)
+        self.times = engine_times(self.latency, limits.max_lora_rank)
         self.by_id = {
             worker.id: SimWorker(loop.env, worker, self.latency, limits, host, hash_block_tokens)
             for worker in (
@@ -132,11 +141,22 @@ class SimWorkers:
                     f"{llm.model_id}-{number}",
                     max_ongoing=llm.deployment_config.max_ongoing_requests,
                     slots=llm.slots,
+                    eviction=eviction,
+                    kv_tokens=self.latency.kv_tokens,
                 )
                 for number in range(count)
             )
         }
-        self._fetches: dict[AdapterRef, asyncio.Task[None]] = {}
+        self._staged: dict[AdapterRef, None] = {}
+
+    def staged(self, adapter: AdapterRef) -> bool:
+        """Whether the host has the adapter: what it has fetched once it keeps, as in production."""
+        return adapter in self._staged
+
+    async def fetch(self, adapter: AdapterRef) -> None:
+        """Fetch the adapter from the store."""
+        await asyncio.sleep(self.latency.fetch_s)
+        self._staged[adapter] = None
 
     async def load(self, worker: Worker, adapter: AdapterRef, evict: AdapterRef | None) -> int:
         """Fetch the adapter unless the host has it, then load it into the engine."""
@@ -149,12 +169,7 @@ class SimWorkers:
 
     async def _load(self, worker: Worker, adapter: AdapterRef, evict: AdapterRef | None) -> int:
         engine = self.by_id[worker.id].engine
-        if adapter not in engine.host:
-            fetch = self._fetches.get(adapter)
-            if fetch is None:
-                # A task of its own: who waits for it may be cancelled, the others still get it.
-                fetch = self._loop.create_task(asyncio.sleep(self.latency.fetch_s))
-                self._fetches[adapter] = fetch
-            await asyncio.shield(fetch)
+        if adapter not in self._staged and adapter not in engine.host:
+            await self.fetch(adapter)
         await self._loop.happens(engine.load(adapter, evict))
         return engine.adapters_seq

@@ -32,6 +32,8 @@ from typing import Annotated, Final
 
 import msgspec
 
+from router.core.timing import EngineTimes
+
 
 class CalibrationError(Exception):
     """There is no such calibration, or it is not one. The message says what there is."""
@@ -255,6 +257,25 @@ class LatencyModel:
         if tokens:
             step_ps += self.prefill_ps(tokens, pairs, adapters, step_ps)
         return PICOSECOND * step_ps
+
+
+def engine_times(model: LatencyModel, rank_max: int) -> EngineTimes:
+    """What the router expects of such an engine before it has observed any."""
+    known = model.calibration
+    return EngineTimes(
+        step_base_s=known.step_base_s.value,
+        step_per_request_s=known.step_per_request_s.value,
+        kv_read_per_token_s=known.kv_read_per_token_s.value,
+        prefill_per_token_s=known.prefill_per_token_s.value,
+        prefill_lora_factor=known.prefill_lora_factor.value,
+        prefill_floor_s=known.prefill_floor_s.value,
+        lora_factor=known.lora_factor.value + known.lora_factor_per_rank.value * rank_max,
+        lora_factor_per_adapter=known.lora_factor_per_adapter.value,
+        load_host_s=model.load_host_s,
+        load_disk_s=model.load_disk_s,
+        fetch_s=model.fetch_s,
+        kv_tokens=model.kv_tokens,
+    )
 
 
 def pairs_of(start: int, tokens: int) -> int:

@@ -16,9 +16,10 @@ import msgspec
 
 from router.config import Config, LLMConfig
 from router.core.fleet import Fleet, Worker
-from router.core.job import AdapterRef, AdapterUse, Job, LoadError, Outcome, Rejected
+from router.core.job import AdapterRef, AdapterUse, Job, LoadError, Outcome, Prefix, Rejected
 from router.core.placement import Decision, Policy
 from router.core.policies import POLICIES
+from router.core.prefixes import marks
 from router.core.router import Router
 from sim.engine import EngineRequest
 from sim.environment import Environment, Moment
@@ -132,6 +133,9 @@ class _Ledger:
         tally.requests += 1
         tally.in_flight_peak = max(tally.in_flight_peak, worker.in_flight)
 
+    def waits(self, job: Job, decision: Decision) -> None:
+        pass
+
     def load_ended(
         self,
         worker: Worker,
@@ -158,6 +162,9 @@ class _Punctual(Policy):
     def __init__(self, policy: Policy) -> None:
         self._place = policy.place
         self.arrived = policy.arrived  # type: ignore[method-assign]
+        self.opens_at = policy.opens_at  # type: ignore[method-assign]
+        self.locality_tokens = policy.locality_tokens
+        self.replicates = policy.replicates
 
     def place(self, job: Job, fleet: Fleet, now: float) -> Decision:
         self.reports.due()
@@ -172,18 +179,26 @@ class _Model:
     ) -> None:
         self.llm = llm
         self.workers = SimWorkers(
-            loop, llm, options.workers or llm.replicas, options.hash_block_tokens, host
+            loop,
+            llm,
+            options.workers or llm.replicas,
+            options.hash_block_tokens,
+            host,
+            llm.eviction,
         )
         self.ledger = _Ledger(loop.env, self.workers.by_id)
         rng = Random(f"placement:{options.seed}:{llm.model_id}")
         policy = _Punctual(POLICIES[options.policy](rng))
         self.router = Router(
-            Fleet(llm.model_id),
+            Fleet(llm.model_id, self.workers.times),
             policy,
             self.workers,
             max_queued=config.router.max_queued_requests,
             queue_timeout_s=config.router.queue_timeout_s,
-            max_overtakes=config.router.max_overtakes,
+            slot_patience_s=config.router.slot_patience_s,
+            locality_tokens=config.router.locality_tokens,
+            weights=config.router.weights,
+            quotas=config.router.quotas,
             observer=self.ledger,
         )
         policy.reports = reports = Reports(loop.env, self.router, options.staleness_s)
@@ -230,6 +245,8 @@ class Replay:
         self._journal = journal
         self._sampler = sampler
         self._known_models = tuple(models)
+        self._deadline_s = config.router.ttft_deadline_s
+        self._priorities = {tenant.name: tenant.priority for tenant in config.router.tenants}
         self._config = config
         self._rows = rows
         self._options = options
@@ -327,6 +344,14 @@ class Replay:
             )
         return model, AdapterRef(base, name) if name else None
 
+    def _prefix(self, row: TraceRow) -> tuple[Prefix, ...]:
+        """The marks of a prompt: a trace's hash id stands for a stretch and all before it."""
+        ids = row.hash_ids
+        if not ids:
+            return ()
+        width = self._options.hash_block_tokens
+        return tuple(Prefix(ids[mark - 1], mark * width) for mark in marks(len(ids)))
+
     async def _one(self, loop: SimLoop, row: TraceRow) -> None:
         """One request, from its arrival to its end."""
         arrived = loop.time()
@@ -338,9 +363,10 @@ class Replay:
                 str(number),
                 adapter,
                 prompt_tokens=row.input_length,
-                max_output_tokens=row.output_length,
                 tenant=row.tenant,
-                priority=row.priority,
+                priority=row.priority or self._priorities.get(row.tenant, 0),
+                deadline=None if self._deadline_s is None else arrived + self._deadline_s,
+                prefix=self._prefix(row),
             )
             async with model.router.lease(job) as lease:
                 worker, use = lease.worker, lease.use
@@ -357,6 +383,7 @@ class Replay:
                     output_tokens=row.output_length,
                     hash_ids=row.hash_ids,
                     on_done=done.set_result,
+                    on_token=lease.first_token,  # the first and the last are told
                 )
                 engine = model.workers.by_id[worker.id].engine
                 if overhead_s := model.workers.latency.overhead_s:
@@ -364,6 +391,7 @@ class Replay:
                 if fits := engine.fits(request):
                     engine.submit(request)
                     await done
+                    lease.answered(request.output_tokens)
             if fits:
                 assert request.first_token is not None
                 ttft_s, e2e_s = request.first_token - arrived, loop.time() - arrived

@@ -61,7 +61,10 @@ READ: Final = (
     "router.policy",
     "router.max_queued_requests",
     "router.queue_timeout_s",
-    "router.max_overtakes",
+    "router.slot_patience_s",
+    "router.locality_tokens",
+    "router.ttft_deadline_s",
+    "lora_config.eviction",
 )
 SHORTHANDS: Final[dict[str, tuple[str, ...]]] = {
     "slots": SLOTS_PATHS,

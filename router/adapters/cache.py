@@ -74,6 +74,11 @@ class AdapterCache:
             if time.time() - path.stat().st_mtime > STALE_S:
                 shutil.rmtree(path, ignore_errors=True)
 
+    def has(self, adapter: StoredAdapter) -> bool:
+        """Whether the adapter was found sound and whole here, so that nothing need be fetched."""
+        name = f"{adapter.name}@{adapter.version}"
+        return name in self._sound and name not in self._fetching
+
     async def folder_of(self, adapter: StoredAdapter) -> Path:
         """The folder with the adapter's files, fetched now if need be. Raises `LoadError`."""
         place = self._folder / f"{adapter.name}@{adapter.version}"

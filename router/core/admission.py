@@ -1,111 +1,253 @@
-"""Where jobs wait when nobody can take them: one bounded queue, first come first served.
+"""Where jobs wait when nobody can take them: fair by tokens, bounded in number, in adapter's reach.
+
+Each job has a tag, and the least tag is served first (self-clocked fair queueing, Golestani 1994):
+
+    tag = max(clock, last tag of its tenant and priority) + tokens × 16^priority / weight
+
+`clock` is the tag of whoever was served last in order. So a tenant that floods pushes its own tags
+ahead, and one that asks for less than its share goes next. A class of priority (vLLM's: less is more
+urgent) is worth 16 times the next: not absolute, so the last class is served too, after so much more
+of the others' work. Alone, a tenant is served first come first served.
 
 Two exceptions to the order, both bounded:
-  - a job that cannot be placed for want of a slot lets later ones pass whose adapter is at hand;
-  - but no more than `max_overtakes` times, and then everybody waits behind it (`held`). Slots fall
-    idle as running requests end, so it is placed at last: no adapter starves under continuing load.
+  - a job whose adapter is at hand may go before one that needs a load, if its tag is not more than
+    `locality_tokens` behind: that is the most that locality costs anybody;
+  - a job that cannot be placed for want of a slot is passed by, until the router closes a slot to new
+    users for it (see router.py). So no adapter starves under continuing load.
 The queue orders and bounds; it neither places nor times out, which is the router's part.
 
-Cost: joining and leaving are O(1). Whom a worker can serve is O(1) where it has a slot to give, and
-O(slots) where it has not: never a scan over all that wait.
+Cost: joining and leaving are O(log n). Whom a worker can serve is O(slots): never a scan over all.
 """
 
 import asyncio
-from collections import OrderedDict
-from collections.abc import Iterator
-from typing import Generic, TypeVar
+from collections.abc import Iterator, Mapping
+from heapq import heapify, heappop, heappush
+from typing import Final, Generic, TypeVar
 
 from router.core.fleet import Worker
 from router.core.job import AdapterRef, Job
 
 GrantT = TypeVar("GrantT")
+PRIORITY_BASE: Final = 16.0
+PRIORITY_MOST: Final = 3  # classes either way
+FLOWS_MAX: Final = 4096
+STALE_MIN: Final = 64
 
 
 class Waiter(Generic[GrantT]):
     """One job that waits. `granted` ends with its grant, or with the exception that it gets."""
 
-    __slots__ = ("granted", "job", "overtaken", "seq")
+    __slots__ = ("granted", "job", "joined_at", "seq", "tag", "waits")
 
-    def __init__(self, job: Job, granted: "asyncio.Future[GrantT]") -> None:
+    def __init__(self, job: Job, granted: "asyncio.Future[GrantT]", joined_at: float) -> None:
         self.job = job
         self.granted = granted
-        self.overtaken = 0
+        self.joined_at = joined_at
         self.seq = 0
+        self.tag = 0.0
+        self.waits = False
+
+
+class _Order(Generic[GrantT]):
+    """Waiters by tag; who has left is passed over, and taken out when they become many."""
+
+    __slots__ = ("_heap", "_sign", "_stale")
+
+    def __init__(self, *, latest_first: bool = False) -> None:
+        self._heap: list[tuple[float, int, Waiter[GrantT]]] = []
+        self._sign = -1 if latest_first else 1
+        self._stale = 0
+
+    def push(self, waiter: Waiter[GrantT]) -> None:
+        heappush(self._heap, (self._sign * waiter.tag, self._sign * waiter.seq, waiter))
+
+    def first(self) -> Waiter[GrantT] | None:
+        heap = self._heap
+        while heap:
+            waiter = heap[0][2]
+            if waiter.waits:
+                return waiter
+            heappop(heap)
+            self._stale -= 1
+        return None
+
+    def left(self) -> None:
+        """One of them has left."""
+        self._stale += 1
+        if self._stale > STALE_MIN and self._stale * 2 > len(self._heap):
+            self._heap = [entry for entry in self._heap if entry[2].waits]
+            heapify(self._heap)
+            self._stale = 0
+
+    def in_order(self) -> Iterator[Waiter[GrantT]]:
+        """From the first on, each at the cost of O(log n): a consumer that stops early pays little.
+
+        The queue must not change meanwhile.
+        """
+        heap = self._heap
+        taken: list[tuple[float, int, Waiter[GrantT]]] = []
+        try:
+            while heap:
+                entry = heappop(heap)
+                if entry[2].waits:
+                    taken.append(entry)
+                    yield entry[2]
+                else:
+                    self._stale -= 1
+        finally:
+            for entry in taken:
+                heappush(heap, entry)
 
 
 class AdmissionQueue(Generic[GrantT]):
-    """Waiting jobs, at most `limit` of them, oldest first."""
+    """Waiting jobs, at most `limit` of them. `weights` are the tenants' shares, 1 where not named."""
 
-    def __init__(self, *, limit: int, max_overtakes: int) -> None:
+    def __init__(
+        self, *, limit: int, locality_tokens: float, weights: Mapping[str, float] | None = None
+    ) -> None:
         self.limit = limit
-        self.max_overtakes = max_overtakes
-        # OrderedDict, not dict: the first of a dict that shrinks at its front is found by a scan.
-        self._waiters: OrderedDict[int, Waiter[GrantT]] = OrderedDict()
-        self._by_adapter: dict[AdapterRef | None, OrderedDict[int, Waiter[GrantT]]] = {}
+        self.locality_tokens = locality_tokens
+        self._weights = weights or {}
+        self._order: _Order[GrantT] = _Order()
+        self._latest: _Order[GrantT] = _Order(latest_first=True)
+        self._by_adapter: dict[AdapterRef | None, _Order[GrantT]] = {}
+        self._counts: dict[AdapterRef | None, int] = {}
+        self._flows: dict[tuple[str, int], float] = {}
+        self._clock = 0.0
         self._seq = 0
+        self._length = 0
 
     def __len__(self) -> int:
-        return len(self._waiters)
+        return self._length
 
     def __iter__(self) -> Iterator[Waiter[GrantT]]:
-        return iter(self._waiters.values())
+        return self._order.in_order()
 
     @property
     def full(self) -> bool:
         """Whether one more would exceed the limit."""
-        return len(self._waiters) >= self.limit
+        return self._length >= self.limit
 
     @property
-    def oldest(self) -> Waiter[GrantT]:
-        """Who has waited longest; the queue is not empty."""
-        return next(iter(self._waiters.values()))
+    def first(self) -> Waiter[GrantT] | None:
+        """Whose turn it is."""
+        return self._order.first()
 
-    def held(self) -> bool:
-        """Whether the oldest was passed by so often that nobody may pass it any more."""
-        return bool(self._waiters) and self.oldest.overtaken >= self.max_overtakes
+    @property
+    def last(self) -> Waiter[GrantT] | None:
+        """Whose turn comes last."""
+        return self._latest.first()
 
-    def join(self, waiter: Waiter[GrantT]) -> None:
-        """Wait at the end of the queue, which is not full."""
+    def waiting_for(self, adapter: AdapterRef | None) -> int:
+        """How many wait for an adapter."""
+        return self._counts.get(adapter, 0)
+
+    # Tags.
+
+    def tag_of(self, job: Job, tokens: float) -> float:
+        """The tag that a job of so many tokens would have now."""
+        priority = min(max(job.priority, -PRIORITY_MOST), PRIORITY_MOST)
+        cost = tokens * PRIORITY_BASE**priority / self._weights.get(job.tenant, 1.0)
+        return max(self._flows.get((job.tenant, priority), 0.0), self._clock) + cost
+
+    def charge(self, job: Job, tag: float) -> None:
+        """Count a job against its tenant; for those who pass without waiting, too."""
+        priority = min(max(job.priority, -PRIORITY_MOST), PRIORITY_MOST)
+        flows = self._flows
+        flows[job.tenant, priority] = tag
+        if len(flows) > FLOWS_MAX:  # who is behind the clock owes nothing
+            self._flows = {name: last for name, last in flows.items() if last > self._clock}
+
+    def ahead_of(self, tag: float) -> float:
+        """About how many of those who wait go before one with that tag."""
+        last = self._latest.first()
+        if last is None or last.tag <= self._clock:
+            return float(self._length)
+        share = (tag - self._clock) / (last.tag - self._clock)
+        return self._length * min(max(share, 0.0), 1.0)
+
+    # Coming and going.
+
+    def join(self, waiter: Waiter[GrantT], tag: float) -> None:
+        """Wait by one's tag; the queue is not full."""
         assert not self.full
+        self.charge(waiter.job, tag)
         self._seq += 1
         waiter.seq = self._seq
-        self._waiters[waiter.seq] = waiter
-        self._by_adapter.setdefault(waiter.job.adapter, OrderedDict())[waiter.seq] = waiter
+        waiter.tag = tag
+        waiter.waits = True
+        self._length += 1
+        self._order.push(waiter)
+        self._latest.push(waiter)
+        adapter = waiter.job.adapter
+        same = self._by_adapter.get(adapter)
+        if same is None:
+            same = self._by_adapter[adapter] = _Order()
+        same.push(waiter)
+        self._counts[adapter] = self._counts.get(adapter, 0) + 1
 
     def leave(self, waiter: Waiter[GrantT]) -> None:
         """Stop waiting, for whatever reason; leaving twice is harmless."""
-        if self._waiters.pop(waiter.seq, None) is None:
+        if not waiter.waits:
             return
-        same = self._by_adapter[waiter.job.adapter]
-        del same[waiter.seq]
-        if not same:
-            del self._by_adapter[waiter.job.adapter]
+        waiter.waits = False
+        self._length -= 1
+        adapter = waiter.job.adapter
+        left = self._counts[adapter] - 1
+        if left:
+            self._counts[adapter] = left
+            self._by_adapter[adapter].left()
+        else:
+            del self._counts[adapter], self._by_adapter[adapter]
+        self._order.left()
+        self._latest.left()
+        if not self._length:  # nobody contends: what was used before counts no more
+            self._flows.clear()
+            self._clock = 0.0
 
-    def served(self, waiter: Waiter[GrantT], grant: GrantT) -> None:
-        """Hand a waiter its grant, and count it against the oldest if that is somebody else."""
+    def serve(self, waiter: Waiter[GrantT], grant: GrantT) -> None:
+        """Hand a waiter its grant."""
+        if waiter is self._order.first():
+            self._clock = max(self._clock, waiter.tag)
         self.leave(waiter)
-        self.passed(waiter.seq)
         waiter.granted.set_result(grant)
 
-    def passed(self, seq: int | None = None) -> None:
-        """A job was placed that came after the oldest one, or that never waited (`seq` None)."""
-        if self._waiters and (seq is None or seq > self.oldest.seq):
-            self.oldest.overtaken += 1
-
-    def next_for(self, worker: Worker, refused: dict[int, None]) -> Waiter[GrantT] | None:
-        """The oldest waiter that the worker has the adapter or a slot for, less the refused."""
+    def next_for(self, worker: Worker, refused: Mapping[int, None]) -> Waiter[GrantT] | None:
+        """Who is to go to the worker: by tag, or by an adapter at hand (see above); no refused one."""
+        local = self._local(worker, refused)
         slots = worker.slots
-        if slots.idle or slots.occupied < slots.capacity:
-            for seq, waiter in self._waiters.items():
-                if seq not in refused and worker.can_serve(waiter.job.adapter):
-                    return waiter
-            return None
+        if slots.free <= 0 and not slots.idle:
+            return local
+        for waiter in self._order.in_order():
+            if local is not None and local.tag <= waiter.tag + self.locality_tokens:
+                return local
+            if waiter.seq not in refused and worker.can_serve(waiter.job.adapter):
+                return waiter
+        return local
+
+    def _local(self, worker: Worker, refused: Mapping[int, None]) -> Waiter[GrantT] | None:
+        """The first of those whose adapter the worker holds, or is loading."""
+        slots, waiting = worker.slots, self._by_adapter
         best: Waiter[GrantT] | None = None
-        wanted = [None, *(slot.adapter for slot in slots if slots.can_serve(slot.adapter))]
+        if len(waiting) <= len(slots):
+            wanted = [
+                adapter
+                for adapter in waiting
+                if adapter is None or (slots.get(adapter) and slots.can_serve(adapter))
+            ]
+        else:
+            wanted = [slot.adapter for slot in slots if slots.can_serve(slot.adapter)]
+            if None in waiting:
+                wanted.append(None)  # type: ignore[arg-type]  # the base model alone
         for adapter in wanted:
-            for seq, waiter in self._by_adapter.get(adapter, {}).items():
-                if seq not in refused:
-                    if best is None or seq < best.seq:
-                        best = waiter
-                    break
+            order = waiting.get(adapter)
+            if order is None:
+                continue
+            first = order.first()
+            if refused and first is not None and first.seq in refused:
+                first = next((one for one in order.in_order() if one.seq not in refused), None)
+            if first is not None and (
+                best is None or (first.tag, first.seq) < (best.tag, best.seq)
+            ):
+                best = first
         return best

@@ -5,17 +5,27 @@ Truth is kept in this order:
   2. what the worker pushes (`Report`), which is late by nature: it corrects the ledger only.
 So a burst cannot pile onto one worker in the time that a report takes.
 
-Two indexes keep placement cheap: the holders of each adapter, and the workers that are not
-overloaded. Both change by a constant amount of work when a job comes or goes.
+Indexes keep placement cheap: the holders of each adapter, who has it in host memory, and the workers
+that are not overloaded. They change by a constant amount of work when a job comes or goes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from math import exp
 from random import Random
+from typing import Final
 
 import msgspec
 
-from router.core.job import AdapterRef
-from router.core.residency import COLD, Slot, SlotCache
+from router.core.demand import MEMORY_S, Demand
+from router.core.job import AdapterRef, Job
+from router.core.prefixes import PrefixIndex
+from router.core.residency import COLD, RESIDENT, Eviction, Slot, SlotCache
+from router.core.timing import EngineTimes, Learned, Tier, new_pace
+
+# The adapters that are known to be on the host's disk; of who is forgotten, a load is taken for longer.
+STAGED_MAX: Final = 1 << 17
+STAY_MAX_S: Final = 600.0
 
 
 class Report(msgspec.Struct, frozen=True, gc=False):
@@ -30,14 +40,24 @@ class Report(msgspec.Struct, frozen=True, gc=False):
 
 
 class Worker:
-    """One engine: what is in flight there, its slots, its last report."""
+    """One engine: what is in flight there, its slots, its last report.
+
+    `busy_until` is the loop time at which the prompts sent there will have been computed, were nothing
+    else to do; `context_tokens` what those in flight hold in its memory, `kv_tokens` how many tokens
+    that holds (0: not known); `pace` how long its steps take relative to what is predicted.
+    """
 
     __slots__ = (
         "accepting",
+        "busy_until",
         "completed",
+        "context_tokens",
+        "host",
         "id",
         "in_flight",
+        "kv_tokens",
         "max_ongoing",
+        "pace",
         "ready_index",
         "report",
         "seq_floor",
@@ -45,15 +65,28 @@ class Worker:
         "slots",
     )
 
-    def __init__(self, worker_id: str, *, max_ongoing: int, slots: int) -> None:
+    def __init__(
+        self,
+        worker_id: str,
+        *,
+        max_ongoing: int,
+        slots: int,
+        eviction: Eviction = Eviction.LRU,
+        kv_tokens: int = 0,
+    ) -> None:
         assert max_ongoing > 0, max_ongoing
         self.id = worker_id
         self.max_ongoing = max_ongoing
-        self.slots = SlotCache(slots)
+        self.slots = SlotCache(slots, eviction)
+        self.kv_tokens = kv_tokens
         self.in_flight = 0
         self.completed = 0
         self.accepting = True
         self.report = Report()
+        self.host: Mapping[AdapterRef, None] = {}
+        self.busy_until = 0.0
+        self.context_tokens = 0.0
+        self.pace = 1.0
         self.seq_floor = 0
         self.seq_settled = -1
         self.ready_index = -1
@@ -74,9 +107,21 @@ class Worker:
 class Fleet:
     """All workers of one base model. Changes only through the methods here."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, times: EngineTimes | None = None) -> None:
         self.model = model
+        self.learned = Learned(times or EngineTimes())
+        self.demand = Demand()
+        self.prefixes = PrefixIndex()
+        self.pins: dict[AdapterRef, None] = {}
+        # How many holders an adapter should have, where that is not one (see replicas.py).
+        self.targets: dict[AdapterRef, int] = {}
+        self.users: dict[AdapterRef, int] = {}  # jobs in flight
+        self.evicted = 0.0  # a count of evictions that fades as `demand` does
+        self.evicted_at = 0.0
+        self._slots = 0
+        self._staged: OrderedDict[AdapterRef, None] = OrderedDict()
         self._workers: dict[str, Worker] = {}
+        self._in_host: dict[AdapterRef, dict[str, Worker]] = {}
         self._holders: dict[AdapterRef, dict[str, Worker]] = {}
         self._ready: list[Worker] = []
 
@@ -100,12 +145,54 @@ class Fleet:
         held = self._holders.get(adapter)
         return tuple(held.values()) if held else ()
 
+    def resident(self, adapter: AdapterRef) -> bool:
+        """Whether a worker has the adapter now, so that nobody need wait for a load."""
+        held = self._holders.get(adapter)
+        if held is None:
+            return False
+        slots = (worker.slots.get(adapter) for worker in held.values())
+        return any(slot is not None and slot.phase is RESIDENT for slot in slots)
+
+    def in_host_memory(self, adapter: AdapterRef) -> Sequence[Worker]:
+        """Workers that said that they have the adapter in host memory and in no slot."""
+        held = self._in_host.get(adapter)
+        return tuple(held.values()) if held else ()
+
+    # Where adapters are loaded from.
+
+    def staged(self, adapter: AdapterRef) -> bool:
+        """Whether the adapter is known to be on the host's disk."""
+        return adapter in self._staged
+
+    def stage(self, adapter: AdapterRef) -> None:
+        """The adapter is on the host's disk now."""
+        self._staged[adapter] = None
+        self._staged.move_to_end(adapter)
+        if len(self._staged) > STAGED_MAX:
+            self._staged.popitem(last=False)
+
+    def tier(self, worker: Worker, adapter: AdapterRef) -> Tier:
+        """Where the worker would load the adapter from."""
+        if adapter in worker.host:
+            return Tier.HOST
+        return Tier.DISK if adapter in self._staged else Tier.STORE
+
+    def stay_s(self, now: float) -> float:
+        """How long an adapter stays in a slot, at the rate at which they have been evicted of late."""
+        rate = self._evictions(now) / MEMORY_S
+        return min(self._slots / rate, STAY_MAX_S) if rate > 0.0 else STAY_MAX_S
+
+    def _evictions(self, now: float) -> float:
+        return self.evicted * exp((self.evicted_at - now) / MEMORY_S)
+
     # Members come and go.
 
     def add(self, worker: Worker) -> None:
         """A worker joins; its id must be new."""
         assert worker.id not in self._workers, worker.id
         self._workers[worker.id] = worker
+        worker.slots.pins = self.pins
+        self._slots += worker.slots.capacity
         for slot in worker.slots:
             self._index(worker, slot)
         self._settle(worker)
@@ -117,6 +204,9 @@ class Fleet:
         self._settle(worker)
         for slot in worker.slots:
             self._unindex(worker, slot)
+        self._slots -= worker.slots.capacity
+        self._hosts(worker, {})
+        self.prefixes.forget(worker.id)
 
     def set_accepting(self, worker: Worker, *, accepting: bool) -> None:
         """Stop or resume new jobs for a worker; what runs there is untouched."""
@@ -140,12 +230,18 @@ class Fleet:
         slot = worker.slots.get(adapter)
         begin = slot is None
         if slot is None:
-            slot = worker.slots.begin_load(adapter)
-            self._index(worker, slot)
-            if slot.victim is not None:
-                self._unindex(worker, slot.victim)
+            slot = self.begin_load(worker, adapter)
         worker.slots.acquire(slot)
+        self.users[adapter] = self.users.get(adapter, 0) + 1
         return slot, begin
+
+    def begin_load(self, worker: Worker, adapter: AdapterRef) -> Slot:
+        """Promise the adapter a slot, which nobody uses yet. It is cold there, and can be served."""
+        slot = worker.slots.begin_load(adapter)
+        self._index(worker, slot)
+        if slot.victim is not None:
+            self._unindex(worker, slot.victim)
+        return slot
 
     def release(self, worker: Worker, slot: Slot | None) -> None:
         """Give back what `reserve` took."""
@@ -154,15 +250,51 @@ class Fleet:
         worker.completed += 1
         if worker.ready_index < 0:
             self._settle(worker)
-        if slot is not None and slot.phase is not COLD:
+        if slot is None:
+            return
+        left = self.users[slot.adapter] - 1
+        if left:
+            self.users[slot.adapter] = left
+        else:
+            del self.users[slot.adapter]
+        if slot.phase is not COLD:
             worker.slots.release(slot)
+
+    def begin_work(self, worker: Worker, job: Job, cached_tokens: int, now: float) -> float:
+        """Count the job's tokens in, at the moment of decision; return what `end_work` takes out."""
+        tokens = job.prompt_tokens - cached_tokens
+        prefill_s = self.learned.times.prefill_s(tokens, lora=job.adapter is not None)
+        begins = max(worker.busy_until, now)
+        worker.busy_until = begins + prefill_s * worker.pace
+        context = tokens + self.learned.expected_output(job.max_output_tokens)
+        worker.context_tokens += context
+        if job.prefix:
+            self.prefixes.sent(job.adapter, job.prefix, worker.id)
+        return context
+
+    def end_work(self, worker: Worker, context_tokens: float) -> None:
+        """Count them out."""
+        worker.context_tokens -= context_tokens
+        if not worker.in_flight:
+            worker.context_tokens = 0.0  # whatever rounding has left
+
+    def learn_pace(self, worker: Worker, step_s: float) -> None:
+        """A token took so long there, with what is in flight now."""
+        predicted_s = self.learned.times.step_s(
+            worker.in_flight, worker.slots.in_use, worker.context_tokens
+        )
+        worker.pace = new_pace(worker.pace, predicted_s, step_s)
 
     # An adapter comes and goes.
 
-    def finish_load(self, worker: Worker, slot: Slot, seq: int) -> Slot | None:
+    def finish_load(self, worker: Worker, slot: Slot, seq: int, now: float = 0.0) -> Slot | None:
         """The adapter is resident as of the worker's state `seq`. Returns the evicted slot."""
         worker.seq_floor = max(worker.seq_floor, seq)
-        return worker.slots.finish_load(slot)
+        victim = worker.slots.finish_load(slot)
+        if victim is not None:
+            self.evicted = 1.0 + self._evictions(now)
+            self.evicted_at = now
+        return victim
 
     def fail_load(self, worker: Worker, slot: Slot) -> None:
         """The adapter did not come; whatever it was to replace is a holder again."""
@@ -173,9 +305,14 @@ class Fleet:
         if victim is not None and self._workers.get(worker.id) is worker:
             self._index(worker, victim)
 
-    def observe(self, worker: Worker, report: Report) -> None:
+    def observe(self, worker: Worker, report: Report, now: float = 0.0) -> None:
         """Take in a worker's report; its word on adapters counts unless a load has overtaken it."""
+        if report.host != worker.report.host and self._workers.get(worker.id) is worker:
+            self._hosts(worker, dict.fromkeys(report.host))
         worker.report = report
+        if report.waiting == 0 and report.running >= worker.in_flight > 0:
+            # All that was sent there is in its batch: no prompt waits, whatever was predicted.
+            worker.busy_until = min(worker.busy_until, now)
         if report.seq == worker.seq_settled:  # nothing has moved since the ledger agreed with it
             return
         if self._workers.get(worker.id) is not worker or report.seq < worker.seq_floor:
@@ -201,7 +338,42 @@ class Fleet:
         if slot is not None and worker.slots.disown(slot):
             self._unindex(worker, slot)
 
+    # A slot is closed, opened, pinned.
+
+    def close_slot(self, worker: Worker, slot: Slot) -> None:
+        """Send nobody new to the adapter there, so that its slot falls idle."""
+        worker.slots.close(slot)
+        self._unindex(worker, slot)
+
+    def open_slot(self, worker: Worker, slot: Slot) -> bool:
+        """Send jobs there again. False where the slot is not closed, or has gone."""
+        opened = worker.slots.open(slot)
+        if opened and self._workers.get(worker.id) is worker:
+            self._index(worker, slot)
+        return opened
+
+    def pin(self, adapter: AdapterRef, *, pinned: bool) -> None:
+        """Never evict the adapter from where it is or comes to be, or evict it again as any other."""
+        if pinned:
+            self.pins[adapter] = None
+        else:
+            self.pins.pop(adapter, None)
+        for worker in self._workers.values():
+            slot = worker.slots.get(adapter)
+            if slot is not None:
+                worker.slots.pin(slot, pinned=pinned)
+
     # The indexes.
+
+    def _hosts(self, worker: Worker, host: Mapping[AdapterRef, None]) -> None:
+        for adapter in worker.host:
+            if adapter not in host and (held := self._in_host.get(adapter)) is not None:
+                held.pop(worker.id, None)
+                if not held:
+                    del self._in_host[adapter]
+        for adapter in host:
+            self._in_host.setdefault(adapter, {})[worker.id] = worker
+        worker.host = host
 
     def _index(self, worker: Worker, slot: Slot) -> None:
         self._holders.setdefault(slot.adapter, {})[worker.id] = worker

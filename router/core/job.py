@@ -25,11 +25,21 @@ class AdapterRef(msgspec.Struct, frozen=True, order=True, cache_hash=True):
         return f"{self.model}:{self.name}"
 
 
+class Prefix(msgspec.Struct, frozen=True, gc=False):
+    """A beginning of a prompt: the hash of it, and how many tokens it has."""
+
+    key: int
+    tokens: int
+
+
 class Job(msgspec.Struct, eq=False, gc=False):
     """One request, as far as routing needs to know it.
 
     `adapter` is None for the base model alone. Lengths are in tokens and may be estimates;
-    `deadline` is a loop time, and `avoid` names workers that already failed this request.
+    `max_output_tokens` 0 where the client did not say. `priority` is vLLM's: less is more urgent.
+    `deadline` is the loop time by which its first token must be out. With `refuse_cold` it is turned
+    away where its adapter is not resident. `prefix` are the marks of its prompt (see prefixes.py), and
+    `avoid` names workers that already failed this request.
     """
 
     id: str
@@ -39,6 +49,8 @@ class Job(msgspec.Struct, eq=False, gc=False):
     tenant: str = ""
     priority: int = 0
     deadline: float | None = None
+    refuse_cold: bool = False
+    prefix: tuple[Prefix, ...] = ()
     avoid: tuple[str, ...] = ()
 
 
@@ -63,6 +75,9 @@ class Outcome(StrEnum):
     REFUSED = "refused"
     QUEUE_FULL = "queue_full"
     QUEUE_TIMEOUT = "queue_timeout"
+    DEADLINE = "deadline"  # its first token would have come too late, or did not come in time
+    OVER_QUOTA = "over_quota"  # of its tenant
+    COLD_REFUSED = "cold_refused"  # its adapter was not resident, and it asked not to wait for that
     LOAD_FAILED = "load_failed"
     WORKER_FAILED = "worker_failed"
     WORKER_STALLED = "worker_stalled"
@@ -72,7 +87,14 @@ class Outcome(StrEnum):
     @property
     def is_rejection(self) -> bool:
         """Whether the router turned the request away before any worker had it."""
-        return self in {Outcome.QUEUE_FULL, Outcome.QUEUE_TIMEOUT, Outcome.SHUTTING_DOWN}
+        return self in {
+            Outcome.QUEUE_FULL,
+            Outcome.QUEUE_TIMEOUT,
+            Outcome.DEADLINE,
+            Outcome.OVER_QUOTA,
+            Outcome.COLD_REFUSED,
+            Outcome.SHUTTING_DOWN,
+        }
 
 
 class Rejected(Exception):  # noqa: N818  (an outcome, not a fault of the program)

@@ -33,6 +33,8 @@ class Drop(StrEnum):
     OVERLOADED = "overloaded"
     NOT_ACCEPTING = "not_accepting"
     AVOIDED = "avoided"
+    SATURATED = "saturated"
+    NO_SLOT = "no_slot"
 
 
 class Considered(msgspec.Struct, frozen=True, gc=False):
@@ -63,7 +65,8 @@ class Considered(msgspec.Struct, frozen=True, gc=False):
 class Decision(msgspec.Struct, frozen=True, gc=False):
     """Where a job goes and why. `worker` is None where it has to wait.
 
-    `again_at` is when, in loop time, waiting alone will have changed that, where it will.
+    `again_at` is when, in loop time, waiting alone will have changed that, where it will;
+    `first_token_s` after how long its first token is expected, where the policy predicts that.
     """
 
     worker: Worker | None
@@ -71,13 +74,19 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     dropped: tuple[tuple[str, Drop], ...] = ()
     considered: tuple[Considered, ...] = ()
     again_at: float | None = None
+    first_token_s: float | None = None
 
 
 class Policy:
     """Decides, and changes nothing of the fleet. The caller reserves capacity, before any await.
 
     What it remembers for itself (arrivals, a plan) it keeps in the instance: one for each router.
+    `locality_tokens` is how much of others' work a waiting job may overtake because its adapter is at
+    hand (see admission.py); `replicates` whether adapters are loaded before they are asked for.
     """
+
+    locality_tokens: float = 0.0
+    replicates: bool = False
 
     def arrived(self, job: Job, fleet: Fleet, now: float) -> None:
         """A job has come; told once of each, before it is placed or waits."""
@@ -85,6 +94,10 @@ class Policy:
     def place(self, job: Job, fleet: Fleet, now: float) -> Decision:
         """The worker for the job, or None and why it must wait."""
         raise NotImplementedError
+
+    def opens_at(self, worker: Worker, now: float) -> float:  # noqa: ARG002
+        """The loop time from which the worker is to be sent more: `now`, unless it is full."""
+        return now
 
 
 def with_room(fleet: Fleet, job: Job, rng: Random) -> Worker | None:

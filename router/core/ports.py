@@ -8,10 +8,16 @@ from router.core.placement import Decision
 
 
 class Loader(Protocol):
-    """Brings adapters to workers."""
+    """Brings adapters to this host, and from there to workers."""
+
+    def staged(self, adapter: AdapterRef) -> bool:
+        """Whether the adapter is on this host, so that a load need not fetch it. Must be cheap."""
+
+    async def fetch(self, adapter: AdapterRef) -> None:
+        """Bring the adapter to this host. Raises `LoadError`. Bounded in time by its implementer."""
 
     async def load(self, worker: Worker, adapter: AdapterRef, evict: AdapterRef | None) -> int:
-        """Make the adapter resident on the worker, then drop `evict` from it.
+        """Make the adapter resident on the worker, then drop `evict` from it; fetch it if need be.
 
         Returns the number of the worker's state that includes the load (see `Report.seq`).
         Raises `LoadError`, and then nothing has been dropped. Bounded in time by its implementer.
@@ -23,6 +29,9 @@ class Observer(Protocol):
 
     def decided(self, job: Job, decision: Decision, evicting: AdapterRef | None) -> None:
         """A job was placed; `evicting` is what its load will replace, if it begins one."""
+
+    def waits(self, job: Job, decision: Decision) -> None:
+        """A job has to wait; the decision says why."""
 
     def load_ended(
         self, worker: Worker, adapter: AdapterRef, load_s: float, error: LoadError | None
@@ -37,6 +46,9 @@ class NoObserver:
     """Watches nothing."""
 
     def decided(self, job: Job, decision: Decision, evicting: AdapterRef | None) -> None:
+        """Do nothing."""
+
+    def waits(self, job: Job, decision: Decision) -> None:
         """Do nothing."""
 
     def load_ended(

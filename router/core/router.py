@@ -1,8 +1,9 @@
 """`async with router.lease(job) as lease:` is the whole interface of the core.
 
-Inside, in this order and in no other: admission (a bounded queue), placement (which worker),
-residency (the adapter is made resident there), the lease. Capacity is reserved at the moment of
-decision, before any await, and leaving the block releases all of it, whatever happened.
+Inside, in this order and in no other: admission (quota, the adapter brought to this host, a bounded
+fair queue, the deadline), placement (which worker), residency (the adapter is made resident there), the
+lease. Capacity is reserved at the moment of decision, before any await, and leaving the block releases
+all of it, whatever happened.
 
 This is the only module of the core that waits. It reads no clock but `loop.time()`, so the same
 code runs on a real loop and on the simulator's.
@@ -10,16 +11,21 @@ code runs on a real loop and on the simulator's.
 
 import asyncio
 import math
+from collections.abc import Mapping
 from functools import partial
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, NoReturn, Self
 
 from router.core.admission import AdmissionQueue, Waiter
+from router.core.drain import DrainRate
 from router.core.fleet import Fleet, Report, Worker
 from router.core.job import AdapterRef, AdapterUse, Job, LoadError, LoadFault, Outcome, Rejected
-from router.core.placement import Decision, Policy
+from router.core.placement import Decision, Policy, Reason
 from router.core.ports import Loader, NoObserver, Observer
+from router.core.quotas import Quota, Quotas
+from router.core.replicas import Replicas
 from router.core.residency import LOADING, RESIDENT, Slot
+from router.core.timing import Tier
 
 RETRY_AFTER_MAX_S: Final = 60.0
 # By these names the hot path has them at a tenth of the cost (Python 3.11).
@@ -27,21 +33,28 @@ NO_ADAPTER: Final = AdapterUse.NONE
 HIT: Final = AdapterUse.HIT
 JOINED: Final = AdapterUse.LOADING
 COLD: Final = AdapterUse.COLD
-RATE_WINDOW: Final = 32  # grants that the drain rate looks back over
+# How many of those who wait too long for a slot are looked at in one go.
+CLAIMS_AT_ONCE: Final = 16
 
 
 class Grant:
-    """What was reserved for one job."""
+    """What was reserved for one job. `context_tokens` is what its worker counts it for."""
 
-    __slots__ = ("decision", "slot", "use", "worker")
+    __slots__ = ("context_tokens", "decision", "slot", "use", "worker")
 
     def __init__(
-        self, worker: Worker, slot: Slot | None, use: AdapterUse, decision: Decision
+        self,
+        worker: Worker,
+        slot: Slot | None,
+        use: AdapterUse,
+        decision: Decision,
+        context_tokens: float,
     ) -> None:
         self.worker = worker
         self.slot = slot
         self.use = use
         self.decision = decision
+        self.context_tokens = context_tokens
 
 
 class Lease:
@@ -49,15 +62,30 @@ class Lease:
 
     Entering raises `Rejected` where there is no capacity, and `LoadError` where the adapter could
     not be made resident; nothing is held then. `queued_s` and `load_s` are what it waited for, in
-    vain or not.
+    vain or not. Who holds it may say when the first token came, and how many there were at the end:
+    predictions and quotas become truer by it.
     """
 
-    __slots__ = ("_grant", "_router", "job", "load_s", "queued_s")
+    __slots__ = (
+        "_first_token_at",
+        "_grant",
+        "_output_tokens",
+        "_prompt_tokens",
+        "_reserved",
+        "_router",
+        "job",
+        "load_s",
+        "queued_s",
+    )
 
     def __init__(self, router: "Router", job: Job) -> None:
         self._router = router
         self.job = job
         self._grant: Grant | None = None
+        self._reserved = 0.0
+        self._first_token_at: float | None = None
+        self._prompt_tokens: int | None = None
+        self._output_tokens: int | None = None
         self.queued_s = 0.0
         self.load_s = 0.0
 
@@ -79,25 +107,46 @@ class Lease:
         assert self._grant is not None, "the lease is not held"
         return self._grant.decision
 
+    def first_token(self) -> None:
+        """The first token is out, now."""
+        if self._first_token_at is None:
+            self._first_token_at = self._router.loop.time()
+
+    def answered(self, output_tokens: int, prompt_tokens: int | None = None) -> None:
+        """The answer is complete and had so many tokens; the prompt too, where the engine said so."""
+        self._output_tokens = output_tokens
+        self._prompt_tokens = prompt_tokens
+
     async def __aenter__(self) -> Self:
-        router = self._router
-        grant = router._admit(self.job)  # noqa: SLF001  (two halves of one mechanism)
-        if grant is None:
-            started = router.loop.time()
-            try:
-                grant = await router._wait(self.job)  # noqa: SLF001
-            finally:
-                self.queued_s = router.loop.time() - started
-        slot = grant.slot
-        if slot is not None and slot.phase is not RESIDENT:
-            started = router.loop.time()
-            try:
-                await router._resident(grant)  # noqa: SLF001
-            except BaseException:
-                router._release(grant)  # noqa: SLF001
-                raise
-            finally:
-                self.load_s = router.loop.time() - started
+        router, job = self._router, self.job
+        self._reserved = router._enter(job)  # noqa: SLF001  (two halves of one mechanism)
+        try:
+            if router._must_fetch(job):  # noqa: SLF001
+                started = router.loop.time()
+                try:
+                    await router._fetched(job)  # noqa: SLF001
+                finally:
+                    self.load_s = router.loop.time() - started
+            grant = router._admit(job)  # noqa: SLF001
+            if grant is None:
+                started = router.loop.time()
+                try:
+                    grant = await router._wait(job)  # noqa: SLF001
+                finally:
+                    self.queued_s = router.loop.time() - started
+            slot = grant.slot
+            if slot is not None and slot.phase is not RESIDENT:
+                started = router.loop.time()
+                try:
+                    await router._resident(grant)  # noqa: SLF001
+                except BaseException:
+                    router._release(grant)  # noqa: SLF001
+                    raise
+                finally:
+                    self.load_s += router.loop.time() - started
+        except BaseException:
+            router._settle(job, self._reserved, 0.0)  # noqa: SLF001
+            raise
         self._grant = grant
         return self
 
@@ -109,14 +158,28 @@ class Lease:
     ) -> None:
         grant, self._grant = self._grant, None
         assert grant is not None, "a lease is left once"
-        self._router._release(grant)  # noqa: SLF001
+        router = self._router
+        tokens = self._output_tokens
+        if tokens is not None:
+            learned = router.fleet.learned
+            learned.answered(tokens)
+            if self._first_token_at is not None and tokens > 1:
+                step_s = (router.loop.time() - self._first_token_at) / (tokens - 1)
+                router.fleet.learn_pace(grant.worker, step_s)
+        used = self._reserved if kind is None else 0.0
+        if tokens is not None:
+            used = float(tokens + (self._prompt_tokens or self.job.prompt_tokens))
+        router._settle(self.job, self._reserved, used)  # noqa: SLF001
+        router._release(grant)  # noqa: SLF001
 
 
 class Router:
     """Routes the jobs of one base model over one fleet. To be made inside a running loop.
 
-    `max_queued` bounds how many wait for capacity, `queue_timeout_s` for how long, and
-    `max_overtakes` how often one that waits for a slot may be passed by (see admission.py).
+    `max_queued` bounds how many wait for capacity and `queue_timeout_s` for how long. Who has waited
+    for a slot for `slot_patience_s` gets one that is closed to new users until it falls idle.
+    `locality_tokens` is the policy's own unless given. `weights` are the tenants' shares under
+    contention, `quotas` their limits a minute.
     """
 
     def __init__(
@@ -127,24 +190,38 @@ class Router:
         *,
         max_queued: int = 1024,
         queue_timeout_s: float = 60.0,
-        max_overtakes: int = 256,
+        slot_patience_s: float = 1.0,
+        locality_tokens: float | None = None,
+        weights: Mapping[str, float] | None = None,
+        quotas: Mapping[str, Quota] | None = None,
         observer: Observer | None = None,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.fleet = fleet
         self.queue_timeout_s = queue_timeout_s
+        self.slot_patience_s = slot_patience_s
         self._policy = policy
         self._loader = loader
         self._observer = observer or NoObserver()
         self._queue: AdmissionQueue[Grant] = AdmissionQueue(
-            limit=max_queued, max_overtakes=max_overtakes
+            limit=max_queued,
+            locality_tokens=policy.locality_tokens if locality_tokens is None else locality_tokens,
+            weights=weights,
         )
-        # One task a load: no waiter's leaving may cancel what the others wait for.
+        self._quotas = Quotas(quotas or {}, self.loop.time())
+        self._drain_rate = DrainRate()
+        # One task a load, and one a fetch: no waiter's leaving may cancel what the others wait for.
         self._loads: dict[tuple[str, Slot], asyncio.Task[int]] = {}
+        self._fetches: dict[AdapterRef, asyncio.Task[None]] = {}
+        self._fetch_waiters: dict[AdapterRef, dict[asyncio.Future[None], None]] = {}
+        self._fetching = 0  # jobs that wait for one
+        # Slots that were closed, by the waiter for whom.
+        self._claims: dict[int, tuple[Worker, Slot]] = {}
+        self._patience: asyncio.TimerHandle | None = None
+        self._again: asyncio.TimerHandle | None = None
+        self._replicas = Replicas(fleet, self.warm) if policy.replicates else None
+        self._ticking: asyncio.TimerHandle | None = None
         self._closed = False
-        self._released = 0
-        self._rate_since = self.loop.time()
-        self._rate_per_s = 0.0
 
     # For those who have a job.
 
@@ -164,11 +241,11 @@ class Router:
 
     @property
     def retry_after_s(self) -> float:
-        """When the jobs that wait now will have been served, at the rate of the last few."""
-        if self._rate_per_s <= 0.0:
+        """When the jobs that wait now will have been served, at the rate at which they are."""
+        rate = self._drain_rate.per_s
+        if rate <= 0.0:
             return 1.0
-        drained_s = (len(self._queue) + 1) / self._rate_per_s
-        return float(min(max(1, math.ceil(drained_s)), RETRY_AFTER_MAX_S))
+        return float(min(max(1, math.ceil((len(self._queue) + 1) / rate)), RETRY_AFTER_MAX_S))
 
     def set_observer(self, observer: Observer) -> None:
         """Tell another observer from now on."""
@@ -187,6 +264,9 @@ class Router:
         for (worker_id, _), task in tuple(self._loads.items()):
             if worker_id == worker.id:
                 task.cancel()
+        for seq, (claimed, _) in tuple(self._claims.items()):
+            if claimed is worker:
+                del self._claims[seq]
 
     def set_accepting(self, worker: Worker, *, accepting: bool) -> None:
         """Stop or resume sending jobs to a worker; what runs there goes on."""
@@ -194,65 +274,203 @@ class Router:
         self._drain(worker)
 
     def observe(self, worker: Worker, report: Report) -> None:
-        """Take in what a worker says of itself.
-
-        Nobody who waits becomes placeable by it: what it adds had a free slot, what it drops was idle.
-        """
-        self.fleet.observe(worker, report)
+        """Take in what a worker says of itself; it may have room sooner than was thought."""
+        self.fleet.observe(worker, report, self.loop.time())
+        if self._queue:
+            self._drain(worker)
 
     def disown(self, worker: Worker, adapter: AdapterRef) -> None:
         """The worker answered that it has no such adapter: the next job for it loads it again."""
         self.fleet.disown(worker, adapter)
         self._drain(worker)
 
+    def warm(self, worker: Worker, adapter: AdapterRef) -> bool:
+        """Begin to load an adapter that nobody waits for. False where it is there, or has no slot."""
+        if self._closed or not worker.accepting or worker.slots.get(adapter) is not None:
+            return False
+        if not worker.can_serve(adapter):
+            return False
+        self._begin_load(worker, self.fleet.begin_load(worker, adapter))
+        return True
+
+    def pin(self, adapter: AdapterRef, *, pinned: bool) -> None:
+        """Never evict the adapter from where it is or comes to be, or evict it again as any other."""
+        self.fleet.pin(adapter, pinned=pinned)
+        for worker in tuple(self.fleet):
+            self._drain(worker)
+
     def close(self) -> None:
         """Turn away all who wait and whoever comes; leases that are held go on to their end."""
         self._closed = True
+        for timer in (self._patience, self._again, self._ticking):
+            if timer is not None:
+                timer.cancel()
         for waiter in tuple(self._queue):
-            self._queue.leave(waiter)
-            if not waiter.granted.done():
-                waiter.granted.set_exception(self._shutting_down())
+            self._refuse(waiter, self._shutting_down())
+        for waiters in self._fetch_waiters.values():
+            for future in waiters:
+                if not future.done():
+                    future.set_exception(self._shutting_down())
 
     async def aclose(self) -> None:
-        """Close, and end the loads that are still under way."""
+        """Close, and end the loads and fetches that are still under way."""
         self.close()
-        loads = tuple(self._loads.values())
-        for task in loads:
+        under_way = (*self._loads.values(), *self._fetches.values())
+        for task in under_way:
             task.cancel()
-        await asyncio.gather(*loads, return_exceptions=True)
+        await asyncio.gather(*under_way, return_exceptions=True)
 
-    # Admission.
+    # Admission: before there is anything to wait for.
+
+    def _enter(self, job: Job) -> float:
+        """Let a job in, or raise `Rejected`; return the tokens that it reserved of its quota."""
+        if self._closed:
+            raise self._shutting_down()
+        now = self.loop.time()
+        fleet, adapter = self.fleet, job.adapter
+        if adapter is not None:
+            fleet.demand.arrived(adapter, now)
+        self._policy.arrived(job, fleet, now)
+        self._tick_on()
+        if job.refuse_cold and adapter is not None and not fleet.resident(adapter):
+            self._refuse_cold(adapter)
+        tokens = job.prompt_tokens + fleet.learned.expected_output(job.max_output_tokens)
+        if wait_s := self._quotas.reserve(job.tenant, tokens, now):
+            raise Rejected(
+                Outcome.OVER_QUOTA,
+                f"tenant `{job.tenant}` is over its quota; there is room again in {wait_s:.3g} s",
+                wait_s,
+            )
+        return tokens
+
+    def _settle(self, job: Job, reserved: float, used: float) -> None:
+        self._quotas.settle(job.tenant, reserved, used, self.loop.time())
+
+    def _refuse_cold(self, adapter: AdapterRef) -> NoReturn:
+        """Fail fast: whoever asked for it can go elsewhere."""
+        staged = self.fleet.staged(adapter) or self._loader.staged(adapter)
+        load_s = self.fleet.learned.load_s(Tier.DISK if staged else Tier.STORE)
+        raise Rejected(
+            Outcome.COLD_REFUSED,
+            f"adapter {adapter.name} is not resident, and a cold load was refused; it would take "
+            f"about {load_s:.3g} s",
+            load_s,
+        )
+
+    # Fetching: the adapter comes to this host before a worker is chosen, and holds up none.
+
+    def _must_fetch(self, job: Job) -> bool:
+        adapter = job.adapter
+        if adapter is None or self.fleet.staged(adapter) or self.fleet.holders(adapter):
+            return False
+        if self._loader.staged(adapter):
+            self.fleet.stage(adapter)
+            return False
+        return True
+
+    async def _fetched(self, job: Job) -> None:
+        """Wait until the adapter is on this host. Raises `LoadError` and `Rejected`."""
+        adapter = job.adapter
+        assert adapter is not None
+        if len(self._queue) + self._fetching >= self._queue.limit:
+            raise self._queue_full()
+        if adapter not in self._fetches:
+            task = self.loop.create_task(self._loader.fetch(adapter))
+            self._fetches[adapter] = task
+            task.add_done_callback(partial(self._fetch_ended, adapter))
+        done: asyncio.Future[None] = self.loop.create_future()
+        waiters = self._fetch_waiters.setdefault(adapter, {})
+        waiters[done] = None
+        timer = None
+        if job.deadline is not None:
+            until = max(self.loop.time(), self._last_moment(job, job.deadline))
+            timer = self.loop.call_at(until, self._fetch_too_late, done, adapter)
+        self._fetching += 1
+        try:
+            await done
+        finally:
+            self._fetching -= 1
+            waiters.pop(done, None)
+            if timer is not None:
+                timer.cancel()
+
+    def _fetch_too_late(self, done: "asyncio.Future[None]", adapter: AdapterRef) -> None:
+        if not done.done():
+            message = f"the deadline has passed while adapter {adapter.name} was fetched"
+            done.set_exception(Rejected(Outcome.DEADLINE, message, self.retry_after_s))
+
+    def _fetch_ended(self, adapter: AdapterRef, task: "asyncio.Task[None]") -> None:
+        del self._fetches[adapter]
+        error: LoadError | None
+        if task.cancelled():
+            error = LoadError(LoadFault.STORE_UNAVAILABLE, "the router is shutting down")
+        elif (failure := task.exception()) is None:
+            error = None
+            self.fleet.stage(adapter)
+        elif isinstance(failure, LoadError):
+            error = failure
+        else:
+            error = LoadError(LoadFault.STORE_UNAVAILABLE, f"{type(failure).__name__}: {failure}")
+        for done in self._fetch_waiters.pop(adapter, {}):
+            if done.done():
+                continue
+            if error is None:
+                done.set_result(None)
+            else:  # a new one for each: a shared one would gather all their tracebacks
+                done.set_exception(LoadError(error.fault, str(error)))
+
+    # Admission: the queue.
 
     def _admit(self, job: Job) -> Grant | None:
         """Grant at once where a worker can take the job and nobody is to be let first."""
         if self._closed:
             raise self._shutting_down()
-        self._policy.arrived(job, self.fleet, self.loop.time())
         queue = self._queue
         if not queue:
             return self._try_grant(job)
+        if self._again is not None and self._again.when() <= self.loop.time():
+            self._serve_open()  # those who wait for this moment go first
         # Who waits now could not be placed a moment ago, so it is passed by, not pushed aside.
-        if queue.held() or not self.fleet.ready or (grant := self._try_grant(job)) is None:
+        if not self.fleet.ready or (grant := self._try_grant(job)) is None:
             return None
-        queue.passed()
+        if queue:
+            queue.charge(job, queue.tag_of(job, self._tokens(job)))
+            self._drain_rate.served(self.loop.time())
         return grant
 
+    def _tokens(self, job: Job) -> float:
+        return job.prompt_tokens + self.fleet.learned.expected_output(job.max_output_tokens)
+
+    def _last_moment(self, job: Job, deadline: float) -> float:
+        """When the job must be on a worker, if its first token is to be in time."""
+        lora = job.adapter is not None
+        return deadline - self.fleet.learned.times.prefill_s(job.prompt_tokens, lora=lora)
+
     async def _wait(self, job: Job) -> Grant:
-        queue = self._queue
-        if queue.full:
-            raise Rejected(
-                Outcome.QUEUE_FULL,
-                f"no capacity: {len(queue)} requests are waiting already",
-                self.retry_after_s,
-            )
         now = self.loop.time()
+        queue = self._queue
+        tag = queue.tag_of(job, self._tokens(job))
         until = now + self.queue_timeout_s
-        if job.deadline is not None:
-            until = max(now, min(until, job.deadline))
+        outcome = Outcome.QUEUE_TIMEOUT
+        if job.deadline is not None and (last := self._last_moment(job, job.deadline)) < until:
+            until, outcome = max(now, last), Outcome.DEADLINE
+            if (rate := self._drain_rate.per_s) > 0.0:
+                wait_s = (queue.ahead_of(tag) + 1) / rate
+                if now + wait_s > last:
+                    raise Rejected(
+                        outcome,
+                        f"no capacity: it would wait about {wait_s:.3g} s, and miss its deadline",
+                        self.retry_after_s,
+                    )
+        if len(queue) + self._fetching >= queue.limit:
+            self._make_room(tag)
         granted: asyncio.Future[Grant] = self.loop.create_future()
-        waiter = Waiter(job, granted)
-        queue.join(waiter)
-        timer = self.loop.call_at(until, self._expire, waiter, until - now)
+        waiter = Waiter(job, granted, now)
+        queue.join(waiter, tag)
+        self._be_patient()
+        if self._replicas is not None and job.adapter is not None:
+            self._replicas.waits(job.adapter)
+        timer = self.loop.call_at(until, self._expire, waiter, outcome, until - now)
         try:
             return await granted
         except BaseException:
@@ -264,74 +482,168 @@ class Router:
         finally:
             timer.cancel()
 
-    def _expire(self, waiter: Waiter[Grant], waited_s: float) -> None:
-        if waiter.granted.done():
-            return
+    def _make_room(self, tag: float) -> None:
+        """The queue is full: who comes last gives way, be it the newcomer. Raises `Rejected` then."""
+        last = self._queue.last
+        if last is None or last.tag <= tag:
+            raise self._queue_full()
+        self._refuse(last, self._queue_full())
+
+    def _queue_full(self) -> Rejected:
+        waiting = len(self._queue) + self._fetching
+        message = f"no capacity: {waiting} requests are waiting already"
+        return Rejected(Outcome.QUEUE_FULL, message, self.retry_after_s)
+
+    def _expire(self, waiter: Waiter[Grant], outcome: Outcome, waited_s: float) -> None:
         message = f"no capacity: waited {waited_s:.3g} s for a worker"
-        rejection = Rejected(Outcome.QUEUE_TIMEOUT, message, self.retry_after_s)
-        waiter.granted.set_exception(rejection)
+        self._refuse(waiter, Rejected(outcome, message, self.retry_after_s))
+
+    def _refuse(self, waiter: Waiter[Grant], rejection: Rejected) -> None:
+        if not waiter.granted.done():
+            waiter.granted.set_exception(rejection)
         self._leave(waiter)
 
     def _leave(self, waiter: Waiter[Grant]) -> None:
-        """Somebody gave up; who was held behind that one alone may go now."""
-        queue = self._queue
-        freed = queue.held() and queue.oldest is waiter
-        queue.leave(waiter)
-        if freed:
-            self._serve_all()
+        """Somebody gave up, or was served."""
+        self._queue.leave(waiter)
+        if not self._queue:
+            self._drain_rate.pause()
+        claim = self._claims.pop(waiter.seq, None)
+        if claim is not None and self.fleet.open_slot(*claim):
+            self._drain(claim[0])
 
     def _shutting_down(self) -> Rejected:
         return Rejected(Outcome.SHUTTING_DOWN, "the router is shutting down", 1.0)
 
+    # Serving those who wait.
+
     def _drain(self, worker: Worker) -> None:
         """Something changed at this worker: serve those who wait for it.
 
-        Only those: before the change nobody could be placed anywhere. The exception is a queue that
-        was held, behind whose oldest others may have become placeable on any worker.
+        Only those: before the change nobody could be placed anywhere.
         """
         queue = self._queue
-        if not queue:
-            return
-        if queue.held():
-            self._serve_all()
-        else:
-            self._serve(worker)
-
-    def _serve_all(self) -> None:
-        """Serve the whole queue, oldest first, for as long as there is room and nobody holds it."""
-        for waiter in tuple(self._queue):
-            if not self.fleet.ready:
-                return
-            if waiter.granted.done():
-                continue
-            grant = self._try_grant(waiter.job)
-            if grant is not None:
-                self._queue.served(waiter, grant)
-            elif self._queue.held():
-                return
-
-    def _serve(self, worker: Worker) -> None:
-        """Serve those whom this worker has the adapter or a slot for, oldest first."""
-        queue = self._queue
         refused: dict[int, None] = {}
-        while worker.ready_index >= 0 and queue and not queue.held():
+        while worker.ready_index >= 0 and queue:
+            now = self.loop.time()
+            opens_at = self._policy.opens_at(worker, now)
+            if opens_at > now:
+                self._ask_again(opens_at)
+                return
             waiter = queue.next_for(worker, refused)
             if waiter is None:
                 return
-            grant = self._try_grant(waiter.job)
+            try:
+                grant = self._try_grant(waiter.job)
+            except Rejected as rejection:
+                self._refuse(waiter, rejection)
+                continue
             if grant is None:  # the policy would rather wait
                 refused[waiter.seq] = None
-            else:
-                queue.served(waiter, grant)
+                continue
+            queue.serve(waiter, grant)
+            self._drain_rate.served(now)
+            self._leave(waiter)
+
+    def _ask_again(self, at: float) -> None:
+        """Serve who waits at that time, when a worker that is full now will have room."""
+        if math.isinf(at) or self._closed:
+            return
+        if self._again is not None:
+            if self._again.when() <= at:
+                return
+            self._again.cancel()
+        self._again = self.loop.call_at(at, self._serve_open)
+
+    def _serve_open(self) -> None:
+        """Time alone has given some workers room: serve for each of them."""
+        if self._again is not None:
+            self._again.cancel()
+            self._again = None
+        for worker in tuple(self.fleet.ready):
+            if not self._queue:
+                return
+            self._drain(worker)
+
+    # Those who wait too long for a slot.
+
+    def _be_patient(self) -> None:
+        if self._patience is None and not self._closed:
+            self._patience = self.loop.call_later(self.slot_patience_s, self._lose_patience)
+
+    def _lose_patience(self) -> None:
+        """Close a slot for each of those who have waited too long for one, in their order."""
+        self._patience = None
+        if not self._queue:
+            return
+        now = self.loop.time()
+        looked_at: dict[AdapterRef, None] = {}
+        wanting: list[Waiter[Grant]] = []
+        for waiter in self._queue:
+            adapter = waiter.job.adapter
+            if adapter is None or adapter in looked_at or waiter.seq in self._claims:
+                continue
+            if now - waiter.joined_at >= self.slot_patience_s:
+                wanting.append(waiter)
+            looked_at[adapter] = None
+            if len(looked_at) == CLAIMS_AT_ONCE:
+                break
+        for waiter in wanting:
+            decision = self._policy.place(waiter.job, self.fleet, now)
+            if decision.worker is None and decision.reason is Reason.NO_SLOT:
+                self._claim(waiter)
+        self._be_patient()
+
+    def _claim(self, waiter: Waiter[Grant]) -> None:
+        """Close the slot that will fall idle soonest, as far as one can tell: of the fewest users."""
+        best: tuple[int, int] | None = None
+        chosen: tuple[Worker, Slot] | None = None
+        for worker in self.fleet.ready:
+            if worker.slots.closed is not None or worker.id in waiter.job.avoid:
+                continue
+            for slot in worker.slots:
+                if slot.phase is RESIDENT and slot.users and not slot.pinned:
+                    rank = slot.users, -len(self.fleet.holders(slot.adapter))
+                    if best is None or rank < best:
+                        best, chosen = rank, (worker, slot)
+        if chosen is not None:
+            self.fleet.close_slot(*chosen)
+            self._claims[waiter.seq] = chosen
 
     # Placement, and the reservation in the same step.
 
     def _try_grant(self, job: Job) -> Grant | None:
-        decision = self._policy.place(job, self.fleet, self.loop.time())
+        """Place the job and reserve for it; None where it must wait.
+
+        Raises `Rejected` where it would miss its deadline, or wait for a load that it refuses.
+        """
+        now = self.loop.time()
+        fleet, adapter = self.fleet, job.adapter
+        decision = self._policy.place(job, fleet, now)
         worker = decision.worker
         if worker is None:
+            self._observer.waits(job, decision)
+            if decision.again_at is not None:
+                self._ask_again(decision.again_at)
             return None
-        slot, begin = self.fleet.reserve(worker, job.adapter)
+        if job.refuse_cold and adapter is not None:
+            held = worker.slots.get(adapter)
+            if held is None or held.phase is not RESIDENT:
+                self._refuse_cold(adapter)
+        first_token_s = decision.first_token_s
+        if job.deadline is not None and first_token_s is not None:
+            late_s = now + first_token_s - job.deadline
+            if late_s > 0.0:
+                raise Rejected(
+                    Outcome.DEADLINE,
+                    f"no capacity: its first token would come about {late_s:.3g} s too late",
+                    self.retry_after_s,
+                )
+        cached_tokens = 0
+        if job.prefix:
+            cached_tokens = fleet.prefixes.cached_tokens(adapter, job.prefix).get(worker.id, 0)
+        slot, begin = fleet.reserve(worker, adapter)
+        context_tokens = fleet.begin_work(worker, job, cached_tokens, now)
         if slot is None:
             use = NO_ADAPTER
         elif begin:
@@ -343,34 +655,27 @@ class Router:
         if begin:
             assert slot is not None
             self._begin_load(worker, slot)
-        return Grant(worker, slot, use, decision)
+        return Grant(worker, slot, use, decision, context_tokens)
 
     def _release(self, grant: Grant) -> None:
         self.fleet.release(grant.worker, grant.slot)
-        self._measure_rate()
+        self.fleet.end_work(grant.worker, grant.context_tokens)
         self._drain(grant.worker)
-
-    def _measure_rate(self) -> None:
-        now = self.loop.time()
-        if not self._released:  # a window begins when something happens, not in the silence before
-            self._rate_since = now
-        self._released += 1
-        if self._released > RATE_WINDOW:
-            if now > self._rate_since:
-                self._rate_per_s = (self._released - 1) / (now - self._rate_since)
-            self._released = 0
 
     # Residency.
 
     def _begin_load(self, worker: Worker, slot: Slot) -> None:
         victim = slot.victim.adapter if slot.victim else None
+        now = self.loop.time()
+        tier = self.fleet.tier(worker, slot.adapter)
+        slot.ready_at = now + self.fleet.learned.load_s(tier)
         task = self.loop.create_task(self._loader.load(worker, slot.adapter, victim))
         self._loads[worker.id, slot] = task
         # A callback, not an await around it: it runs for a task cancelled before its start too.
-        task.add_done_callback(partial(self._load_ended, worker, slot, self.loop.time()))
+        task.add_done_callback(partial(self._load_ended, worker, slot, now, tier))
 
     def _load_ended(
-        self, worker: Worker, slot: Slot, started: float, task: asyncio.Task[int]
+        self, worker: Worker, slot: Slot, started: float, tier: Tier, task: asyncio.Task[int]
     ) -> None:
         error: LoadError | None
         if task.cancelled():
@@ -384,15 +689,19 @@ class Router:
             error = failure
         else:  # whatever it was, the slot must not stay promised
             error = LoadError(LoadFault.WORKER, f"{type(failure).__name__}: {failure}")
+        now = self.loop.time()
+        load_s = now - started
         if error is None:
-            evicted = self.fleet.finish_load(worker, slot, task.result())
+            self.fleet.stage(slot.adapter)
+            self.fleet.learned.loaded(tier, load_s)
+            evicted = self.fleet.finish_load(worker, slot, task.result(), now)
             if evicted is not None:
                 self._observer.evicted(worker, evicted.adapter)
         else:
             slot.error = error
             self.fleet.fail_load(worker, slot)
         del self._loads[worker.id, slot]
-        self._observer.load_ended(worker, slot.adapter, self.loop.time() - started, error)
+        self._observer.load_ended(worker, slot.adapter, load_s, error)
         slot.wake()
         # A slot may have fallen idle, or be free again.
         self._drain(worker)
@@ -408,3 +717,16 @@ class Router:
         if slot.error is not None:
             # A new exception for each who waited: a shared one would gather all their tracebacks.
             raise LoadError(slot.error.fault, str(slot.error), grant.worker.id)
+
+    # Adapters before they are asked for.
+
+    def _tick_on(self) -> None:
+        """Plan holders from time to time, for as long as there is traffic."""
+        if self._replicas is not None and self._ticking is None and not self._closed:
+            self._ticking = self.loop.call_later(self._replicas.period_s, self._tick)
+
+    def _tick(self) -> None:
+        self._ticking = None
+        assert self._replicas is not None
+        if self._replicas.plan(self._queue.waiting_for, self.loop.time()) or self._queue:
+            self._tick_on()

@@ -131,6 +131,9 @@ class RouterObserver:
         """Count the placement by its reason."""
         self._metrics.decisions.labels(self._model, decision.reason.value).inc()
 
+    def waits(self, job: Job, decision: Decision) -> None:
+        """Nothing to count: who waits is a gauge."""
+
     def load_ended(
         self,
         worker: Worker,  # noqa: ARG002

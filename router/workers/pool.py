@@ -137,11 +137,18 @@ class WorkerPool:
 
     # The core's Loader.
 
-    async def load(self, worker: Worker, adapter: AdapterRef, evict: AdapterRef | None) -> int:
-        """Fetch the adapter to this machine's disk, then have the worker load it."""
-        client = self._clients.get(worker.id)
-        if client is None:
-            raise LoadError(LoadFault.WORKER, f"worker {worker.id} is gone")
+    def staged(self, adapter: AdapterRef) -> bool:
+        """Whether the adapter is on this machine's disk."""
+        assert self._catalog is not None
+        assert self._cache is not None
+        stored = self._catalog.get(adapter.name)
+        return stored is not None and stored.version == adapter.version and self._cache.has(stored)
+
+    async def fetch(self, adapter: AdapterRef) -> None:
+        """Bring the adapter to this machine's disk."""
+        await self._folder_of(adapter)
+
+    async def _folder_of(self, adapter: AdapterRef) -> Path:
         assert self._catalog is not None
         assert self._cache is not None
         stored = self._catalog.get(adapter.name)
@@ -150,7 +157,14 @@ class WorkerPool:
                 LoadFault.ADAPTER_CHANGED,
                 f"adapter {adapter.name} changed in the store while it was asked for; ask again",
             )
-        folder = await self._cache.folder_of(stored)
+        return await self._cache.folder_of(stored)
+
+    async def load(self, worker: Worker, adapter: AdapterRef, evict: AdapterRef | None) -> int:
+        """Fetch the adapter to this machine's disk, then have the worker load it."""
+        client = self._clients.get(worker.id)
+        if client is None:
+            raise LoadError(LoadFault.WORKER, f"worker {worker.id} is gone")
+        folder = await self._folder_of(adapter)
         return await client.load(_wire(adapter), folder, _wire(evict) if evict else None)
 
     # A worker's life.
@@ -182,7 +196,9 @@ class WorkerPool:
                 session, url = open_session(process.address, token)
                 client = EngineWorkerClient(session, url, worker_id)
                 backoff_s = BACKOFF_MIN_S
-                await self._serve_until_gone(worker_id, client, first, process)
+                info = await read_info(session, url)
+                kv_tokens = info.kv_tokens if info is not None else 0
+                await self._serve_until_gone(worker_id, client, first, process, kv_tokens)
             except asyncio.CancelledError:
                 if process is not None:
                     # Nothing runs on one that was not ready, and vLLM is deaf while it boots.
@@ -245,7 +261,8 @@ class WorkerPool:
                     kind = "stock vLLM server"
                 log.info("%s: attached to the %s at %s", worker_id, kind, address)
                 backoff_s = BACKOFF_MIN_S
-                await self._serve_until_gone(worker_id, client, first, None)
+                kv_tokens = info.kv_tokens if info is not None else 0
+                await self._serve_until_gone(worker_id, client, first, None, kv_tokens)
             except WorkerUnreachableError as error:
                 log.warning("%s: %s; trying again in %.1f s", worker_id, error, backoff_s)
             except Exception:
@@ -273,6 +290,7 @@ class WorkerPool:
         client: WorkerClient,
         first: "asyncio.Future[None]",
         process: WorkerProcess | None,
+        kv_tokens: int,
     ) -> None:
         """Hand the worker to the router, follow its state, and take it back at its end."""
         router = self._router
@@ -281,6 +299,8 @@ class WorkerPool:
             worker_id,
             max_ongoing=self._llm.deployment_config.max_ongoing_requests,
             slots=self._llm.slots,
+            eviction=self._llm.eviction,
+            kv_tokens=kv_tokens,
         )
         self._clients[worker_id] = client
         router.add_worker(worker)

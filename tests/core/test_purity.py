@@ -18,6 +18,8 @@ ALLOWED: dict[str, set[str] | None] = {
     "collections.abc": None,
     "enum": None,
     "functools": {"partial"},
+    "hashlib": {"blake2b"},
+    "heapq": None,
     "math": None,
     "msgspec": None,
     "random": {"Random"},

@@ -96,7 +96,7 @@ def test_axes_that_do_not_go_together(texts: list[str], message: str) -> None:
 @given(first=st.integers(-50, 50), count=st.integers(1, 40), step=st.integers(1, 9))
 def test_a_range_has_both_ends_and_even_steps(first: int, count: int, step: int) -> None:
     last = first + (count - 1) * step
-    values = parse_axis(f"router.max_overtakes={first}..{last}:{step}").values
+    values = parse_axis(f"router.max_queued_requests={first}..{last}:{step}").values
     assert values == tuple(range(first, last + 1, step))
 
 
@@ -139,8 +139,8 @@ def test_values_reach_the_configuration_and_the_options(base: Base) -> None:
         ((("engine_kwargs.max_loras", 4),), "max_num_adapters_per_replica is 16; .*vary `slots`"),
         ((("threshold", 0),), "^--vary threshold=0: max_ongoing_requests: Expected `int` >= 1$"),
         (
-            (("router.max_overtakes", "x"),),
-            "^--vary router.max_overtakes=x: max_overtakes: Expected `int`",
+            (("router.max_queued_requests", "x"),),
+            "^--vary router.max_queued_requests=x: max_queued_requests: Expected `int`",
         ),
         ((("lora_config.max_download_tries", None),), "max_download_tries=null: "),
     ],

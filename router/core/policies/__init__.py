@@ -6,9 +6,11 @@ from typing import Final
 
 from router.core.placement import Policy
 from router.core.policies.affinity import Affinity
+from router.core.policies.cost import Cost
 from router.core.policies.round_robin import RoundRobin
 
 POLICIES: Final[dict[str, Callable[[Random], Policy]]] = {
     "affinity": Affinity,
+    "cost": Cost,
     "round_robin": RoundRobin,
 }

@@ -1,0 +1,112 @@
+"""How many workers should hold an adapter, and loading it there before it is asked for.
+
+The rule: by Little's law an adapter's requests a second times its latency are its requests in flight;
+it should have one holder for each worker's worth of those, and one where it needs less. Up at once,
+down slowly: the smoothed figure follows a rise immediately and a fall over some ten periods. A surplus
+holder is not unloaded: the policy prefers the others, so its slot falls idle and is the next to go.
+
+Churn is bounded: no load begins on a worker where one is under way, at most `LOADS_AT_ONCE` in a
+period, and an adapter in use less than the newcomer is all that may be evicted for it. What waits in
+the queue and is held nowhere is loaded while it waits, where a slot is free.
+
+Cost: nothing but a dictionary's look-up on the way of a request; each period walks the adapters in use.
+"""
+
+from collections.abc import Callable
+from math import ceil
+from typing import Final
+
+from router.core.fleet import Fleet, Worker
+from router.core.job import AdapterRef
+
+PERIOD_S: Final = 1.0
+FADE: Final = 0.1  # of what was in flight, each period in which it falls
+FORGET_BELOW: Final = 0.5
+LOADS_AT_ONCE: Final = 4
+# A worker's worth is what workers have on average, but at least this share of what they may have.
+WORTH_MIN: Final = 0.25
+LOOKED_AT: Final = 8
+
+
+class Replicas:
+    """Plans the holders of each adapter of a fleet. `warm` begins a load, if it can."""
+
+    def __init__(self, fleet: Fleet, warm: Callable[[Worker, AdapterRef], bool]) -> None:
+        self.period_s = PERIOD_S
+        self._fleet = fleet
+        self._warm = warm
+        self._in_flight: dict[AdapterRef, float] = {}
+        self._turn = 0
+
+    def waits(self, adapter: AdapterRef) -> None:
+        """A job for the adapter waits: have it loaded meanwhile, where that costs nobody a slot."""
+        fleet = self._fleet
+        if fleet.holders(adapter):
+            return
+        ready = fleet.ready or tuple(fleet)
+        if not ready:
+            return
+        best: Worker | None = None
+        for step in range(min(len(ready), LOOKED_AT)):
+            worker = ready[(self._turn + step) % len(ready)]
+            if (
+                worker.accepting
+                and worker.slots.free > 0
+                and (best is None or worker.in_flight < best.in_flight)
+            ):
+                best = worker
+        self._turn += 1
+        if best is not None:
+            self._warm(best, adapter)
+
+    def plan(self, waiting_for: Callable[[AdapterRef], int], now: float) -> bool:
+        """Set the targets and begin what loads they need; False when nothing is in use any more."""
+        fleet, seen = self._fleet, self._in_flight
+        for adapter in fleet.users:
+            seen.setdefault(adapter, 0.0)
+        workers = [worker for worker in fleet if worker.accepting]
+        if not workers:
+            return bool(seen)
+        worth = max(
+            sum(worker.in_flight for worker in workers) / len(workers),
+            WORTH_MIN * workers[0].max_ongoing,
+        )
+        wanting: list[tuple[float, AdapterRef]] = []
+        for adapter, before in tuple(seen.items()):
+            current = float(fleet.users.get(adapter, 0) + waiting_for(adapter))
+            smoothed = max(current, before + FADE * (current - before))
+            if smoothed < FORGET_BELOW:
+                del seen[adapter]
+                fleet.targets.pop(adapter, None)
+                continue
+            seen[adapter] = smoothed
+            target = min(ceil(smoothed / worth), len(workers))
+            if target > 1:
+                fleet.targets[adapter] = target
+            else:
+                fleet.targets.pop(adapter, None)
+            if len(fleet.holders(adapter)) < target:
+                wanting.append((-smoothed, adapter))
+        wanting.extend((0.0, pin) for pin in fleet.pins if not fleet.holders(pin))
+        wanting.sort()
+        for _, adapter in wanting[:LOADS_AT_ONCE]:
+            self._load(adapter, workers, now)
+        return bool(seen)
+
+    def _load(self, adapter: AdapterRef, workers: list[Worker], now: float) -> None:
+        fleet = self._fleet
+        share = fleet.demand.rate(adapter, now) / (len(fleet.holders(adapter)) + 1)
+        able = []
+        for number, worker in enumerate(workers):
+            slots = worker.slots
+            if slots.get(adapter) is not None or slots.loading or not slots.can_serve(adapter):
+                continue
+            victim = slots.victim()
+            if (
+                victim is None
+                or adapter in fleet.pins
+                or fleet.demand.rate(victim.adapter, now) < share
+            ):
+                able.append((victim is not None, worker.in_flight, number))
+        if able:
+            self._warm(workers[min(able)[2]], adapter)
