@@ -45,7 +45,10 @@ BAD = [
         HEAD + "router: {policy: afinity}\n",
         "c.yaml:3: no policy `afinity`; did you mean `affinity`?",
     ),
-    (HEAD + "router: {policy: zzz}\n", "c.yaml:3: no policy `zzz`; known: affinity, round_robin"),
+    (
+        HEAD + "router: {policy: zzz}\n",
+        "c.yaml:3: no policy `zzz`; known: affinity, chwbl, dynamo, ",
+    ),
     (
         HEAD + LORA + "    engine_kwargs:\n      max_loras: 8\n",
         "c.yaml:8: max_loras is 8, but lora_config.max_num_adapters_per_replica is 4; "

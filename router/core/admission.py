@@ -229,6 +229,7 @@ class AdmissionQueue(Generic[GrantT]):
         """The first of those whose adapter the worker holds, or is loading."""
         slots, waiting = worker.slots, self._by_adapter
         best: Waiter[GrantT] | None = None
+        wanted: list[AdapterRef | None]
         if len(waiting) <= len(slots):
             wanted = [
                 adapter
@@ -238,7 +239,7 @@ class AdmissionQueue(Generic[GrantT]):
         else:
             wanted = [slot.adapter for slot in slots if slots.can_serve(slot.adapter)]
             if None in waiting:
-                wanted.append(None)  # type: ignore[arg-type]  # the base model alone
+                wanted.append(None)  # the base model alone
         for adapter in wanted:
             order = waiting.get(adapter)
             if order is None:

@@ -402,22 +402,25 @@ class Fleet:
             worker.ready_index = -1
 
 
+def two_of(workers: Sequence[Worker], rng: Random) -> tuple[Worker, Worker]:
+    """Two different workers, every ordered pair as likely; there must be two."""
+    count = len(workers)
+    first = int(rng.random() * count)
+    second = int(rng.random() * (count - 1))
+    if second >= first:
+        second += 1
+    return workers[first], workers[second]
+
+
 def less_busy_of_two(workers: Sequence[Worker], rng: Random) -> Worker | None:
     """Power of two choices: draw two different workers, take the one with less in flight.
 
     Mitzenmacher, "The power of two choices in randomized load balancing" (2001): two draws give
     most of what looking at all gives, and many routers doing it do not herd.
     """
-    count = len(workers)
-    if count == 0:
-        return None
-    if count == 1:
-        return workers[0]
-    first = int(rng.random() * count)
-    second = int(rng.random() * (count - 1))
-    if second >= first:
-        second += 1
-    one, other = workers[first], workers[second]
+    if len(workers) < 2:  # noqa: PLR2004
+        return workers[0] if workers else None
+    one, other = two_of(workers, rng)
     if one.in_flight == other.in_flight:
         # Equally busy: rather the one with more slots left, so that adapters spread before they evict.
         return other if other.slots.occupied < one.slots.occupied else one

@@ -4,12 +4,13 @@ A policy reads the fleet and changes nothing of it. Whoever waits is in router.p
 The same `Decision` is logged, counted, hashed into a replay's digest and read by the tests.
 """
 
+from collections.abc import Sequence
 from enum import StrEnum
 from random import Random
 
 import msgspec
 
-from router.core.fleet import Fleet, Worker, less_busy_of_two
+from router.core.fleet import Fleet, Worker, less_busy_of_two, two_of
 from router.core.job import AdapterRef, Job
 
 
@@ -17,7 +18,7 @@ class Reason(StrEnum):
     """Why a worker was chosen, or none."""
 
     HOLDER = "holder"  # it holds the adapter, or is loading it
-    SPILL = "spill"  # others hold it and are overloaded
+    SPILL = "spill"  # others hold it, and are overloaded or not what the policy goes by
     COLD = "cold"  # nobody holds it
     BASE = "base"  # no adapter was asked for
     ROTATION = "rotation"  # its turn
@@ -109,10 +110,71 @@ def with_room(fleet: Fleet, job: Job, rng: Random) -> Worker | None:
     drawn = less_busy_of_two(ready, rng)
     if drawn is None or (drawn.can_serve(job.adapter) and drawn.id not in job.avoid):
         return drawn
-    able = [worker for worker in ready if worker.can_serve(job.adapter)]
+    return less_busy_of_two(eligible(job, fleet), rng)
+
+
+def eligible(job: Job, fleet: Fleet) -> list[Worker]:
+    """Who may take the job under any policy, in no order that means anything. O(workers).
+
+    The bounds are the router's: the worker accepts, is not overloaded, and holds the adapter or can
+    give it a slot. Those that failed the job are left out, unless nobody else is left.
+    """
+    able = [worker for worker in fleet.ready if worker.can_serve(job.adapter)]
     if job.avoid:
         able = [worker for worker in able if worker.id not in job.avoid] or able
-    return less_busy_of_two(able, rng)
+    return able
+
+
+def fit_holders(
+    job: Job, holders: Sequence[Worker]
+) -> tuple[list[Worker], tuple[tuple[str, Drop], ...]]:
+    """Of those that hold the job's adapter, who can take it, and why the others cannot."""
+    fit: list[Worker] = []
+    left_out: list[tuple[str, Drop]] = []
+    for worker in holders:
+        if worker.id in job.avoid:
+            left_out.append((worker.id, Drop.AVOIDED))
+        elif worker.ready_index >= 0:
+            fit.append(worker)
+        else:
+            drop = Drop.OVERLOADED if worker.accepting else Drop.NOT_ACCEPTING
+            left_out.append((worker.id, drop))
+    return fit, tuple(left_out)
+
+
+def decided(worker: Worker | None, job: Job, fleet: Fleet) -> Decision:
+    """The decision for a worker that was chosen by a rule that gives no reasons. O(holders).
+
+    The reason says what the choice means for the adapter: it goes to a holder, or past them.
+    """
+    if job.adapter is None:
+        return Decision(worker, Reason.BASE if worker else nobody(fleet, None))
+    holders = fleet.holders(job.adapter)
+    _, left_out = fit_holders(job, holders)
+    if worker is None:
+        return Decision(None, nobody(fleet, job.adapter), left_out)
+    if worker in holders:
+        # One that had failed the job may have been all that was left.
+        dropped = tuple(drop for drop in left_out if drop[0] != worker.id)
+        return Decision(worker, Reason.HOLDER, dropped)
+    return Decision(worker, Reason.SPILL if holders else Reason.COLD, left_out)
+
+
+def least_busy(workers: Sequence[Worker], rng: Random) -> Worker | None:
+    """The one with the least in flight, ties by the generator; None if there is none."""
+    if not workers:
+        return None
+    least = min(worker.in_flight for worker in workers)
+    tied = [worker for worker in workers if worker.in_flight == least]
+    return tied[int(rng.random() * len(tied))] if len(tied) > 1 else tied[0]
+
+
+def shorter_of_two(workers: Sequence[Worker], rng: Random) -> Worker | None:
+    """Of two at random the one with less in flight, else the first drawn: it knows of no slots."""
+    if len(workers) < 2:  # noqa: PLR2004
+        return workers[0] if workers else None
+    one, other = two_of(workers, rng)
+    return other if other.in_flight < one.in_flight else one
 
 
 def nobody(fleet: Fleet, adapter: AdapterRef | None) -> Reason:

@@ -47,12 +47,26 @@ class FakeLoader:
     """Loads in `load_s`; `fails` decides which loads do not."""
 
     def __init__(
-        self, load_s: float = 1.0, fails: Callable[[AdapterRef], LoadError | None] | None = None
+        self,
+        load_s: float = 1.0,
+        fails: Callable[[AdapterRef], LoadError | None] | None = None,
+        fetch_s: float = 0.0,
     ) -> None:
         self.load_s = load_s
         self.times: dict[str, float] = {}
         self.fails = fails or (lambda _: None)
+        self.fetch_s = fetch_s
+        self.fetched: dict[AdapterRef, None] = {}
         self.calls: list[tuple[str, str, str | None]] = []
+
+    def staged(self, adapter: AdapterRef) -> bool:
+        return self.fetch_s <= 0.0 or adapter in self.fetched
+
+    async def fetch(self, adapter: AdapterRef) -> None:
+        await asyncio.sleep(self.fetch_s)
+        if error := self.fails(adapter):
+            raise error
+        self.fetched[adapter] = None
 
     async def load(self, worker: Worker, adapter: AdapterRef, evict: AdapterRef | None) -> int:
         self.calls.append((worker.id, adapter.name, evict.name if evict else None))
@@ -67,11 +81,15 @@ class Log:
 
     def __init__(self) -> None:
         self.decisions: list[Decision] = []
+        self.waited: list[tuple[str, Decision]] = []
         self.evictions: list[tuple[str, str]] = []
         self.loads: list[tuple[str, str, LoadError | None]] = []
 
     def decided(self, job: Job, decision: Decision, evicting: AdapterRef | None) -> None:
         self.decisions.append(decision)
+
+    def waits(self, job: Job, decision: Decision) -> None:
+        self.waited.append((job.id, decision))
 
     def load_ended(
         self, worker: Worker, adapter: AdapterRef, load_s: float, error: LoadError | None

@@ -1,52 +1,13 @@
 """The seed's rule as a table: who holds the adapter, who is how busy, who must be chosen and why."""
 
-from dataclasses import dataclass, field
 from random import Random
 
 import pytest
-from harness import ref
+from fleets import W, decide, fleet_of
 
-from router.core.fleet import Fleet, Worker, less_busy_of_two
-from router.core.job import Job
-from router.core.placement import Decision, Reason
+from router.core.fleet import less_busy_of_two
+from router.core.placement import Reason
 from router.core.policies import POLICIES
-
-
-@dataclass
-class W:
-    """One worker: what is in flight there, what it holds, and what of that is in use."""
-
-    in_flight: int = 0
-    holds: tuple[str, ...] = ()
-    used: tuple[str, ...] = ()
-    accepting: bool = True
-    limit: int = 4
-    slots: int = 2
-    id: str = field(default="")
-
-
-def fleet_of(*workers: W) -> Fleet:
-    fleet = Fleet("base")
-    for number, spec in enumerate(workers):
-        worker = Worker(f"w{number}", max_ongoing=spec.limit, slots=spec.slots)
-        fleet.add(worker)
-        for name in spec.holds:
-            slot, begin = fleet.reserve(worker, ref(name))
-            assert slot is not None
-            if begin:
-                fleet.finish_load(worker, slot, 0)
-            if name not in spec.used:
-                fleet.release(worker, slot)
-        for _ in range(spec.in_flight - worker.in_flight):
-            fleet.reserve(worker, None)
-        fleet.set_accepting(worker, accepting=spec.accepting)
-    return fleet
-
-
-def decide(fleet: Fleet, adapter: str | None, seed: int, policy: str = "affinity") -> Decision:
-    job = Job("1", ref(adapter) if adapter else None)
-    return POLICIES[policy](Random(seed)).place(job, fleet, 0.0)
-
 
 CASES = [
     ("a holder that is busy but not overloaded wins over an idle worker",

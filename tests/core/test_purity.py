@@ -14,11 +14,12 @@ MODULES = sorted(CORE.rglob("*.py"))
 # Of the standard library, and msgspec; None allows every name of a module.
 ALLOWED: dict[str, set[str] | None] = {
     "asyncio": None,
+    "bisect": None,
     "collections": {"OrderedDict", "deque"},
     "collections.abc": None,
     "enum": None,
     "functools": {"partial"},
-    "hashlib": {"blake2b"},
+    "hashlib": {"blake2b"},  # the same in every process, unlike `hash()` of a text
     "heapq": None,
     "math": None,
     "msgspec": None,

@@ -13,9 +13,17 @@ Pure: reads the fleet, changes nothing. Cost: O(holders), and O(1) when there ar
 from random import Random
 from typing import Final
 
-from router.core.fleet import Fleet, Worker, less_busy_of_two
+from router.core.fleet import Fleet, less_busy_of_two
 from router.core.job import Job
-from router.core.placement import Decision, Drop, Policy, Reason, nobody, with_room
+from router.core.placement import (
+    Decision,
+    Drop,
+    Policy,
+    Reason,
+    fit_holders,
+    nobody,
+    with_room,
+)
 
 # By this name the hot path has it at a tenth of the cost (Python 3.11).
 HOLDER: Final = Reason.HOLDER
@@ -35,17 +43,7 @@ class Affinity(Policy):
         holders = fleet.holders(job.adapter)
         dropped: tuple[tuple[str, Drop], ...] = ()
         if holders:
-            fit: list[Worker] = []
-            left_out: list[tuple[str, Drop]] = []
-            for worker in holders:
-                if worker.id in job.avoid:
-                    left_out.append((worker.id, Drop.AVOIDED))
-                elif worker.ready_index >= 0:
-                    fit.append(worker)
-                else:
-                    drop = Drop.OVERLOADED if worker.accepting else Drop.NOT_ACCEPTING
-                    left_out.append((worker.id, drop))
-            dropped = tuple(left_out)
+            fit, dropped = fit_holders(job, holders)
             if chosen := less_busy_of_two(fit, self._rng):
                 return Decision(chosen, HOLDER, dropped)
         if worker := with_room(fleet, job, self._rng):

@@ -22,6 +22,7 @@ Pure: reads the fleet, changes nothing. Cost: O(candidates), which are the holde
 adapter in host memory and a few others, at most `CANDIDATES_MAX`.
 """
 
+from collections.abc import Sequence
 from math import exp, inf
 from random import Random
 from typing import Final
@@ -183,9 +184,7 @@ class Cost(Policy):
         first = first_token_s if first_token_s < inf else None
         return Decision(worker, reason, left_out, looked_at, None, first)
 
-    def _candidates(
-        self, job: Job, fleet: Fleet, holders: "tuple[Worker, ...] | list[Worker]"
-    ) -> "list[Worker]":
+    def _candidates(self, job: Job, fleet: Fleet, holders: Sequence[Worker]) -> list[Worker]:
         """Whom to look at: all of a small fleet; of a large one the holders and some others."""
         if len(fleet) <= ALL_UP_TO:
             return list(fleet)
