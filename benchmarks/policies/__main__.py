@@ -22,7 +22,7 @@ from benchmarks.policies.report import markdown, print_study
 from benchmarks.policies.verdict import REPORTED_SEEDS, Study, figures, load, write
 from benchmarks.support import RESULTS, ROOT
 from router.config import ConfigError
-from sim.commands.arguments import above_zero, positive, seeds_number
+from sim.commands.arguments import above_zero, check_writable, positive, seeds_number
 from sim.latency import CalibrationError
 from sim.machine import machine
 from sim.pool import all_cores
@@ -42,9 +42,14 @@ def main(given: Sequence[str] | None = None) -> int:
     out = Console(width=None if sys.stdout.isatty() else 200)
     errors = Console(stderr=True)
     if arguments.render is not None:
-        study = load(arguments.render)
+        try:
+            study = load(arguments.render)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise SystemExit(f"--render: {arguments.render} holds no study: {error}") from None
     else:
         try:
+            check_writable("--json", arguments.json, arguments.azure, arguments.mooncake)
+            check_writable("--report", arguments.report, arguments.json)
             study = measure(arguments, given, errors)
         except (ConfigError, CalibrationError) as error:
             errors.print(str(error), style="red", markup=False, soft_wrap=True)
@@ -52,7 +57,6 @@ def main(given: Sequence[str] | None = None) -> int:
         write(study, arguments.json)
         out.print(f"written to {arguments.json}", highlight=False)
     print_study(out, study)
-    arguments.report.parent.mkdir(parents=True, exist_ok=True)
     arguments.report.write_text(markdown(study), encoding="utf-8")
     out.print(f"written to {arguments.report}", highlight=False)
     return 0
@@ -71,11 +75,17 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="the first of them (default 100: seeds 0 to 99 are for tuning, and never reported)",
     )
-    top.add_argument("--only", type=re.compile, metavar="PATTERN", help="cells by their name")
+    top.add_argument("--only", type=pattern, metavar="PATTERN", help="cells by their name")
     top.add_argument(
         "--contenders",
         metavar="A,B",
-        help=f"of {', '.join(one.name for one in CONTENDERS)}; {OURS} is always among them",
+        help=f"of {', '.join(one.name for one in CONTENDERS)}; the judged one is always among them",
+    )
+    top.add_argument(
+        "--judged",
+        default=OURS,
+        choices=[one.name for one in CONTENDERS if one.ours],
+        help=f"which of ours the goals are about (default {OURS})",
     )
     top.add_argument("--quick", action="store_true", help="few cells, 2 seeds")
     top.add_argument("--jobs", type=positive, default=all_cores(), metavar="N")
@@ -123,7 +133,7 @@ def measure(arguments: argparse.Namespace, given: Sequence[str], errors: Console
         azure=arguments.azure,
         mooncake=arguments.mooncake,
     )
-    contenders = wanted_contenders(arguments.contenders)
+    contenders = wanted_contenders(arguments.contenders, arguments.judged)
     seeds = tuple(
         range(
             arguments.first_seed,
@@ -159,6 +169,7 @@ def measure(arguments: argparse.Namespace, given: Sequence[str], errors: Console
             setting, azure=Path(setting.azure.name), mooncake=Path(setting.mooncake.name)
         ),
         seeds=seeds,
+        judged=arguments.judged,
         capacities_rps={str(source): round(rps, 4) for source, rps in capacity.items()},
         contenders=contenders,
         left_out=tuple(left_out),
@@ -166,17 +177,25 @@ def measure(arguments: argparse.Namespace, given: Sequence[str], errors: Console
     )
 
 
-def wanted_contenders(names: str | None) -> tuple[Contender, ...]:
-    """Those that were asked for, and ours. Raises `SystemExit` for others."""
+def pattern(text: str) -> "re.Pattern[str]":
+    """A regular expression."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text} is no pattern: {error}") from None
+
+
+def wanted_contenders(names: str | None, judged: str) -> tuple[Contender, ...]:
+    """Those that were asked for, and the judged one. Raises `SystemExit` for others."""
     if names is None:
         return CONTENDERS
     wanted = names.split(",")
     known = {one.name for one in CONTENDERS}
     if unknown := [name for name in wanted if name not in known]:
         raise SystemExit(f"no contender {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-    found = tuple(one for one in CONTENDERS if one.name in wanted or one.name == OURS)
+    found = tuple(one for one in CONTENDERS if one.name in wanted or one.name == judged)
     if all(one.ours for one in found):
-        raise SystemExit(f"name a peer too: {OURS} alone is compared with nobody")
+        raise SystemExit(f"name a peer too: {judged} is compared with peers")
     return found
 
 

@@ -38,7 +38,7 @@ CAPACITY_BY: Final = ("least_loaded", "round_robin")
 class Contender(msgspec.Struct, frozen=True, kw_only=True):
     """A policy of `router.core.policies.POLICIES`, and what it changes in the `router` section.
 
-    All are peers but `ours`.
+    All are peers but `ours`, of which one is judged at a time: a variant of ours is no peer of it.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Contender(msgspec.Struct, frozen=True, kw_only=True):
 
 
 OURS: Final = "cost" if "cost" in POLICIES else "affinity"
-# Variants of ours and of peers, beside every policy as it is.
+# Variants beside every policy as it is. Those of ours say `ours=True`.
 VARIANTS: Final[tuple[Contender, ...]] = ()
 CONTENDERS: Final = (
     *(Contender(name=name, policy=name, ours=name == OURS) for name in POLICIES),

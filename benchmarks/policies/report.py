@@ -22,7 +22,6 @@ from benchmarks.policies.verdict import (
     Verdict,
     best_peer,
     goals,
-    ours,
     peers,
     standings,
     tally,
@@ -64,14 +63,14 @@ def print_study(console: Console, study: Study) -> None:
         console.print(f"{'met' if goal.met else 'MISSED'}: {goal.text}: {goal.found}", markup=False)
     missed = _missed(study)
     if missed:
-        title = f"{ours(study).name}: the worst of {len(missed)} cells missed"
+        title = f"{study.judged}: the worst of {len(missed)} cells missed"
         rows = [_missed_row(study, one) for one in missed[:WORST_SHOWN]]
         _print(console, title, MISSED, rows)
 
 
 def markdown(study: Study) -> str:
     """The report."""
-    name, peer = ours(study).name, best_peer(study)
+    name, peer = study.judged, best_peer(study)
     missed = _missed(study)
     met = sum(goal.met for goal in goals(study))
     parts = [
@@ -197,7 +196,7 @@ def _cross(
     across: str,
     column: Callable[[Cell], Any],
 ) -> list[str]:
-    """A table of ours over the best peer by two keys, with a total of each row."""
+    """A table of the judged over the best peer by two keys, with a total of each row."""
     both = tally(study, lambda cell: (row(cell), column(cell)))
     rows, columns = tally(study, row), tally(study, column)
 
@@ -249,7 +248,7 @@ def _reasons(missed: Sequence[Verdict]) -> list[tuple[str, str]]:
 
 def _missed_row(study: Study, one: Verdict) -> tuple[str, ...]:
     found = next(figures for figures in study.cells if figures.cell == one.cell)
-    mine = found.by_contender[ours(study).name]
+    mine = found.by_contender[study.judged]
     best = found.by_contender[one.best_ttft if one.near_goodput else one.best_goodput]
     half = "" if one.short_half is None else f" ± {one.short_half:.1%}"
     return (
@@ -277,7 +276,7 @@ def _seconds(value: float | None) -> str:
 
 def _all_cells(study: Study) -> list[str]:
     """Goodput and p99 of every contender in every cell."""
-    names = [*dict.fromkeys([ours(study).name, *peers(study.contenders)])]
+    names = [*dict.fromkeys([study.judged, *peers(study.contenders)])]
     names += [one.name for one in study.contenders if one.name not in names]
     lines = [
         "## Every cell",

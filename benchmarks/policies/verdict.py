@@ -25,6 +25,7 @@ GOAL_COLD: Final = 0.5  # of its cold loads
 MORE_COLD: Final = 1.1
 MORE_BUSY: Final = 1.03
 MORE_UNANSWERED: Final = 0.01
+NO_REASON: Final = "none of these"
 DIGITS: Final = 6
 
 
@@ -58,7 +59,7 @@ class CellFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Study(msgspec.Struct, frozen=True, kw_only=True):
-    """All that a report is written from."""
+    """All that a report is written from. `judged` names the contender that the goals are about."""
 
     benchmark: str
     command: str
@@ -67,6 +68,7 @@ class Study(msgspec.Struct, frozen=True, kw_only=True):
     took_s: float
     setting: Setting
     seeds: tuple[int, ...]
+    judged: str
     capacities_rps: dict[str, float]
     contenders: tuple[Contender, ...]
     left_out: tuple[str, ...]
@@ -157,13 +159,8 @@ def _short(value: float) -> float:
     return float(f"{value:.{DIGITS}g}")
 
 
-def ours(study: Study) -> Contender:
-    """The contender that the goals are about."""
-    return next(one for one in study.contenders if one.ours)
-
-
 def peers(contenders: Sequence[Contender]) -> list[str]:
-    """The names of the others."""
+    """The names of those that are not ours."""
     return [one.name for one in contenders if not one.ours]
 
 
@@ -181,12 +178,12 @@ def judge(one: CellFigures, name: str, others: Sequence[str]) -> Verdict:
     near_goodput = goodput[name] >= (1.0 - NEAR) * best_rps
     mine_s, best_s = ttft[name].mean, ttft[best_ttft].mean
     near_ttft = best_s is None or (mine_s is not None and mine_s <= (1.0 + NEAR) * best_s)
-    reasons = [
+    reasons = dict.fromkeys(
         reason
         for best, missed in ((best_goodput, not near_goodput), (best_ttft, not near_ttft))
         if missed
         for reason in why(mine, one.by_contender[best])
-    ]
+    )
     return Verdict(
         cell=one.cell,
         goodput_rps=goodput[name],
@@ -199,7 +196,7 @@ def judge(one: CellFigures, name: str, others: Sequence[str]) -> Verdict:
         best_ttft=best_ttft,
         near_goodput=near_goodput,
         near_ttft=near_ttft,
-        why=tuple(dict.fromkeys(reasons)),
+        why=tuple(reasons) or (() if near_goodput and near_ttft else (NO_REASON,)),
     )
 
 
@@ -212,7 +209,7 @@ def why(mine: Figures, best: Figures) -> list[str]:
         found.append("less even")
     if (mine.unanswered.mean or 0.0) > (best.unanswered.mean or 0.0) + MORE_UNANSWERED:
         found.append("more unanswered")
-    return found or ["none of these"]
+    return found
 
 
 def geometric_rps(cells: Sequence[CellFigures], name: str) -> float:
@@ -253,14 +250,14 @@ def best_peer(study: Study) -> Standing:
 
 
 def verdicts(study: Study, name: str | None = None) -> list[Verdict]:
-    """One contender, ours where none is named, in every cell."""
-    name = name or ours(study).name
+    """One contender, the judged one where none is named, in every cell."""
+    name = name or study.judged
     return [judge(one, name, peers(study.contenders)) for one in study.cells]
 
 
 def goals(study: Study) -> list[Goal]:
     """What the comparison was asked to show."""
-    name = ours(study).name
+    name = study.judged
     ranked = {one.name: one for one in standings(study)}
     mine, peer = ranked[name], best_peer(study)
     count = len(study.cells)
@@ -288,8 +285,11 @@ def goals(study: Study) -> list[Goal]:
 
 
 def tally(study: Study, key: Callable[[Cell], Any]) -> dict[Any, tuple[float, int, int, int, int]]:
-    """By a key of the cell: ours over the best single peer, and cells near on both, one, other, all."""
-    name, peer = ours(study).name, best_peer(study).name
+    """By a key of the cell: the judged over the best single peer, and its cells near, and all.
+
+    Near counts those on both figures, on goodput, and on p99.
+    """
+    name, peer = study.judged, best_peer(study).name
     found: dict[Any, list[tuple[CellFigures, Verdict]]] = {}
     for one, verdict in zip(study.cells, verdicts(study), strict=True):
         found.setdefault(key(one.cell), []).append((one, verdict))
@@ -316,7 +316,6 @@ def write(study: Study, path: Path) -> None:
     }
     lines = [f"{_json(key)}: {_json(value)}" for key, value in head.items() if key != "cells"]
     cells = ",\n".join(_json(one) for one in head["cells"])
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("{\n" + ",\n".join([*lines, f'"cells": [\n{cells}\n]']) + "\n}\n")
 
 

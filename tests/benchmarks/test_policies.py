@@ -91,6 +91,7 @@ def study(*cells: CellFigures) -> Study:
         took_s=0.0,
         setting=Setting(azure=Path("azure.csv"), mooncake=Path("mooncake.jsonl")),
         seeds=(100, 101),
+        judged="affinity",
         capacities_rps={"steady": 20.0},
         contenders=TWO,
         left_out=("nothing",),
