@@ -89,7 +89,7 @@ def markdown(study: Study) -> str:
         "",
         "Goodput, in requests a second, is a geometric mean over cells in which a replay without a "
         "good request counts as having one. *Near* counts the cells in which a policy is within "
-        f"{NEAR:.0%} of the best of all peers and itself.",
+        f"{NEAR:.0%} of the best of all peers, `{name}` and itself.",
         "",
         *_table(STANDINGS, _standings(study)),
         f"## `{name}` by load and arrivals",

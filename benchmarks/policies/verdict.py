@@ -1,7 +1,7 @@
 """Judge figures: who is best in each cell, how far ours is from it, and what the whole says.
 
-Near means within `NEAR` of the best mean over seeds, where the best is taken over all peers and the
-contender that is judged; two that are infinite are equal. How far is paired by seed, since the
+Near means within `NEAR` of the best mean over seeds, where the best is taken over all peers, the
+contender that the goals are about, and whoever is compared with it; two that are infinite are equal. How far is paired by seed, since the
 requests of a seed are the same for all.
 """
 
@@ -221,8 +221,11 @@ def geometric_rps(cells: Sequence[CellFigures], name: str) -> float:
 
 
 def standings(study: Study) -> list[Standing]:
-    """Every contender over all cells, the most goodput first."""
-    others = peers(study.contenders)
+    """Every contender over all cells, the most goodput first.
+
+    Each is near, or best, among all peers, the judged one and itself.
+    """
+    others = [*peers(study.contenders), study.judged]
     found = []
     for contender in study.contenders:
         name = contender.name

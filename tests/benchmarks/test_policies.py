@@ -146,6 +146,7 @@ def test_a_goal_is_judged_by_the_best_single_peer_and_no_goodput_counts_as_one_r
     ranked = {one.name: one for one in standings(found)}
     assert ranked["affinity"].goodput_rps == pytest.approx(math.sqrt(18.0 * 0.2))
     assert ranked["round_robin"].goodput_rps == pytest.approx(math.sqrt(8.0 * 0.1))
+    assert (ranked["affinity"].near, ranked["round_robin"].near) == (2, 0)
     assert [goal.met for goal in goals(found)] == [True, True, True]
     assert goals(found)[2].found == "50.0%"
 
