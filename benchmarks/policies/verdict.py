@@ -1,8 +1,8 @@
 """Judge figures: who is best in each cell, how far ours is from it, and what the whole says.
 
 Near means within `NEAR` of the best mean over seeds, where the best is taken over all peers, the
-contender that the goals are about, and whoever is compared with it; two that are infinite are equal. How far is paired by seed, since the
-requests of a seed are the same for all.
+contender that the goals are about, and whoever is compared with them; two that are infinite are
+equal. How far is paired by seed, since the requests of a seed are the same for all.
 """
 
 import math
