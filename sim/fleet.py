@@ -56,6 +56,7 @@ class Reports:
         self._observe = router.observe
         self._staleness_s = staleness_s
         self._said: deque[tuple[float, Worker, Report]] = deque()
+        self._scheduled = -1.0  # until when they come by themselves
 
     def say(self, worker: Worker, report: Report, *, adapters: bool) -> None:
         """A worker reports; `adapters` says whether those have changed."""
@@ -63,6 +64,14 @@ class Reports:
         self._said.append((moment, worker, report))
         if adapters or self._router.queued:
             self._env.at(moment, self._arrive)
+            self._scheduled = moment
+
+    def wake(self) -> None:
+        """Somebody waits from now on: what is on its way is to come in its time."""
+        for moment, _, _ in self._said:
+            if moment > self._scheduled:
+                self._env.at(moment, self._arrive)
+                self._scheduled = moment
 
     def due(self) -> None:
         """Hand over what has arrived by now."""

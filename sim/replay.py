@@ -97,6 +97,8 @@ class _WorkerTally(msgspec.Struct):
 class _Ledger:
     """The observer: a hash over every decision, and what each worker was asked for."""
 
+    reports: Reports
+
     def __init__(self, env: Environment, workers: Iterable[str]) -> None:
         self._hash = hashlib.blake2b(digest_size=16)
         self._unhashed: list[str] = []
@@ -133,8 +135,8 @@ class _Ledger:
         tally.requests += 1
         tally.in_flight_peak = max(tally.in_flight_peak, worker.in_flight)
 
-    def waits(self, job: Job, decision: Decision) -> None:
-        pass
+    def waits(self, job: Job, decision: Decision) -> None:  # noqa: ARG002
+        self.reports.wake()
 
     def load_ended(
         self,
@@ -155,9 +157,13 @@ class _Ledger:
 
 
 class _Punctual(Policy):
-    """A policy that has heard, when it decides, all reports that have arrived by then."""
+    """A policy that has heard, when it decides, all reports that have arrived by then.
+
+    While somebody waits they come by themselves, each in its time: they may let him be served.
+    """
 
     reports: Reports
+    router: Router
 
     def __init__(self, policy: Policy) -> None:
         self._place = policy.place
@@ -167,7 +173,8 @@ class _Punctual(Policy):
         self.replicates = policy.replicates
 
     def place(self, job: Job, fleet: Fleet, now: float) -> Decision:
-        self.reports.due()
+        if not self.router.queued:
+            self.reports.due()
         return self._place(job, fleet, now)
 
 
@@ -201,7 +208,10 @@ class _Model:
             quotas=config.router.quotas,
             observer=self.ledger,
         )
-        policy.reports = reports = Reports(loop.env, self.router, options.staleness_s)
+        policy.router = self.router
+        policy.reports = self.ledger.reports = reports = Reports(
+            loop.env, self.router, options.staleness_s
+        )
         for one in self.workers.by_id.values():
             self.router.add_worker(one.worker)
             one.reports = reports

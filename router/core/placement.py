@@ -42,24 +42,36 @@ class Considered(msgspec.Struct, frozen=True, gc=False):
     """What placing the job on one worker was expected to cost, in seconds, term by term.
 
     `wait_s` until work that is there already lets it begin, `load_s` until its adapter is resident,
-    `compute_s` for its prompt (less what is cached) and its answer in that batch, `others_s` what those
-    who run there lose by it, `harm_s` what the next user of the evicted adapter loses, `stay_s` what
-    speaks for staying where the adapter is.
+    `prefill_s` for its prompt (less what is cached), `decode_s` for its answer in that batch,
+    `others_s` what those who run there lose by it, `harm_s` what the next user of the evicted adapter
+    loses, `stay_s` what speaks for staying where the adapter is.
     """
 
     worker: str
     wait_s: float
     load_s: float
-    compute_s: float
+    prefill_s: float
+    decode_s: float
     others_s: float
     harm_s: float
     stay_s: float
 
     @property
+    def first_token_s(self) -> float:
+        """After how long its first token is expected."""
+        return self.wait_s + self.load_s + self.prefill_s
+
+    @property
     def total_s(self) -> float:
         """The cost: the least one wins."""
         return (
-            self.wait_s + self.load_s + self.compute_s + self.others_s + self.harm_s + self.stay_s
+            self.wait_s
+            + self.load_s
+            + self.prefill_s
+            + self.decode_s
+            + self.others_s
+            + self.harm_s
+            + self.stay_s
         )
 
 

@@ -19,7 +19,7 @@ from router.core.policies.chwbl import Chwbl
 from router.core.policies.dynamo import TRACKED_MAX, Dynamo, replica_counts
 from router.core.policies.smg import REMEMBERED, Smg
 
-PEERS = sorted(name for name in POLICIES if name not in {"affinity", "round_robin"})
+PEERS = sorted(name for name in POLICIES if name not in {"affinity", "cost", "round_robin"})
 ANY = {"w0", "w1", "w2"}
 
 # What holds under every rule, because it is the router's: (workers, adapter, avoid, may be chosen).

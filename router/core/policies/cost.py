@@ -4,14 +4,15 @@ For each worker that could take the job, in seconds:
 
     wait     until the prompts that were sent there before are computed
   + load     until its adapter is resident: 0, what is left of a load, or that of the tier it is in
-  + compute  its prompt, less what is cached there, and its answer at the pace of that batch
+  + prefill  its prompt, less what is cached there, and the step that it is in
+  + decode   its answer at the pace of that batch
   + others   what those who run there lose: the stall of a load, its prompt, a slower batch
   + harm     the chance that the evicted adapter is asked for before it would have left anyway, times
              its reload; less where others hold it too
   + stay     hysteresis: what a worker that does not hold the adapter must be better by, the more so
              where it has as many holders as its traffic needs (see replicas.py)
 
-and the least wins. `wait` and `compute` begin with what has been dispatched a moment ago, so a burst
+and the least wins. `wait` begins with what has been dispatched a moment ago, so a burst
 does not pile up. A worker with more than `AHEAD_S` of prompts ahead, or no memory for the job's
 context, is not sent more: the rest waits in the router, where it can still go elsewhere, be ordered
 fairly, or be told in time that its deadline would be missed.
@@ -19,10 +20,10 @@ fairly, or be told in time that its deadline would be missed.
 Terms: predicted wait as in Llumnix and Mooncake; the batch's slowdown by its distinct adapters as in
 CaraServe's rank-aware scheduling; the residence time of an idle slot is Che's characteristic time.
 Pure: reads the fleet, changes nothing. Cost: O(candidates), which are the holders, those with the
-adapter in host memory and a few others, at most `CANDIDATES_MAX`.
+adapter in host memory and a few others; all only of a small fleet, or where none of those has room.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import exp, inf
 from random import Random
 from typing import Final
@@ -30,19 +31,24 @@ from typing import Final
 from router.core.fleet import Fleet, Worker
 from router.core.job import Job
 from router.core.placement import Considered, Decision, Drop, Policy, Reason, nobody
-from router.core.residency import LOADING, RESIDENT
+from router.core.residency import LOADING, Slot
 from router.core.timing import Tier
 
 ALL_UP_TO: Final = 8  # workers; beyond, some are drawn
-CANDIDATES_MAX: Final = 12
 HOLDERS_MAX: Final = 6
 DRAWN: Final = 4
 AHEAD_S: Final = 0.25
 KV_SHARE: Final = 0.95
-OTHERS_WEIGHT: Final = 0.5
+AGAIN_S: Final = (
+    0.002  # who is full for want of memory is asked again then, or when a job ends there
+)
+OTHERS_WEIGHT: Final = 0.2
+HARM_WEIGHT: Final = 1.0
 STAY_S: Final = 0.02
 SPREAD_S: Final = 0.5
+HOST: Final = Tier.HOST
 DISK: Final = Tier.DISK
+NOTHING: Final[Mapping[str, int]] = {}
 LOCALITY_TOKENS: Final = 32768.0
 
 
@@ -57,151 +63,168 @@ class Cost(Policy):
 
     def opens_at(self, worker: Worker, now: float) -> float:
         """When the prompts ahead are down to what keeps the engine busy."""
-        at = worker.busy_until - AHEAD_S
-        return max(at, now)
+        return max(worker.busy_until - AHEAD_S, now)
 
     def place(self, job: Job, fleet: Fleet, now: float) -> Decision:
         """Choose by the rule above."""
         adapter = job.adapter
-        learned = fleet.learned
-        times = learned.times
-        output = learned.expected_output(job.max_output_tokens)
-        lora = adapter is not None
-        prefill_per_token_s = times.prefill_s(1, lora=lora)
         holders = fleet.holders(adapter) if adapter is not None else ()
-        target = fleet.targets.get(adapter, 1) if adapter is not None else 0
-        cached = fleet.prefixes.cached_tokens(adapter, job.prefix) if job.prefix else {}
+        weighing = _Weighing(job, fleet, len(holders), now)
         dropped: list[tuple[str, Drop]] = []
         considered: list[Considered] = []
         best: Worker | None = None
-        best_s = best_first_s = inf
+        best_s = inf
         again_at = inf
-        no_slot = False
+        least: Considered | None = None
         spare: Worker | None = None
         for worker in self._candidates(job, fleet, holders):
-            if worker.ready_index < 0:
-                dropped.append(
-                    (worker.id, Drop.OVERLOADED if worker.accepting else Drop.NOT_ACCEPTING)
-                )
+            drop = weighing.drop(worker)
+            if drop is None:
+                cost = weighing.cost(worker)
+                considered.append(cost)
+                total_s = cost.total_s
+                if total_s < best_s:
+                    best, best_s, least = worker, total_s, cost
                 continue
-            slots = worker.slots
-            slot = slots.get(adapter) if adapter is not None else None
-            if adapter is not None and not slots.can_serve(adapter):
-                no_slot = True
-                dropped.append((worker.id, Drop.NO_SLOT))
-                continue
-            wait_s = worker.busy_until - now
-            if wait_s > AHEAD_S:
-                again_at = min(again_at, worker.busy_until - AHEAD_S)
-                dropped.append((worker.id, Drop.SATURATED))
-                continue
-            running = worker.in_flight
-            context = worker.context_tokens
-            hit = cached.get(worker.id, 0)
-            need = job.prompt_tokens - hit + output
-            if worker.kv_tokens and running and context + need > KV_SHARE * worker.kv_tokens:
-                dropped.append((worker.id, Drop.SATURATED))
-                again_at = min(again_at, now + 1.0)
-                continue
-            if worker.id in job.avoid:
-                spare = worker
-                dropped.append((worker.id, Drop.AVOIDED))
-                continue
-            wait_s = max(wait_s, 0.0)
-            before = slots.in_use
-            distinct = before
-            load_s = stall_s = harm_s = stay_s = 0.0
-            if adapter is not None:
-                if slot is None:
-                    tier = fleet.tier(worker, adapter)
-                    load_s = learned.load_s(tier)
-                    stall_s = times.load_host_s if tier is Tier.HOST else times.load_disk_s
-                    stay_s = STAY_S
-                    if len(holders) >= target > 0:
-                        stay_s += SPREAD_S
-                    victim = slots.victim()
-                    if victim is not None:
-                        rate = fleet.demand.rate(victim.adapter, now)
-                        if rate > 0.0:
-                            elsewhere = len(fleet.holders(victim.adapter))
-                            soon = 1.0 - exp(-rate * fleet.stay_s(now))
-                            reload_s = learned.load_s(DISK) + OTHERS_WEIGHT * running * stall_s
-                            harm_s = soon * reload_s / elsewhere if elsewhere else soon * reload_s
-                    distinct += 1
-                else:
-                    if slot.phase is LOADING:
-                        load_s = max(0.0, slot.ready_at - now)
-                    if not slot.users:
-                        distinct += 1
-            pace = worker.pace
-            prefill_s = (job.prompt_tokens - hit) * prefill_per_token_s * pace
-            step_s = times.step_s(running + 1, distinct, context + need) * pace
-            compute_s = prefill_s + output * step_s
-            others_s = 0.0
-            if running:
-                slower_s = step_s - times.step_s(running, before, context) * pace
-                others_s = OTHERS_WEIGHT * running * (stall_s + prefill_s + output * slower_s)
-            total_s = wait_s + load_s + compute_s + others_s + harm_s + stay_s
-            considered.append(
-                Considered(worker.id, wait_s, load_s, compute_s, others_s, harm_s, stay_s)
-            )
-            if total_s < best_s:
-                best, best_s = worker, total_s
-                best_first_s = wait_s + load_s + prefill_s + step_s
-        return self._decided(
-            job, fleet, best or spare, dropped, considered, again_at, best_first_s, no_slot=no_slot
-        )
-
-    def _decided(
-        self,
-        job: Job,
-        fleet: Fleet,
-        worker: Worker | None,
-        dropped: list[tuple[str, Drop]],
-        considered: list[Considered],
-        again_at: float,
-        first_token_s: float,
-        *,
-        no_slot: bool,
-    ) -> Decision:
+            dropped.append((worker.id, drop))
+            if drop is Drop.SATURATED:
+                again_at = min(again_at, max(worker.busy_until - AHEAD_S, now + AGAIN_S))
+            elif drop is Drop.AVOIDED:
+                spare = spare or worker
         left_out, looked_at = tuple(dropped), tuple(considered)
-        adapter = job.adapter
-        if worker is None:
-            reason = nobody(fleet, adapter)
+        chosen = best or spare
+        if chosen is None:
             if again_at < inf:
-                return Decision(None, Reason.SATURATED, left_out, looked_at, again_at)
-            if reason is Reason.NO_SLOT and not no_slot:
-                reason = Reason.SATURATED
-            return Decision(None, reason, left_out, looked_at)
-        if adapter is None:
-            reason = Reason.BASE
-        else:
-            slot = worker.slots.get(adapter)
-            if slot is not None and (slot.phase is RESIDENT or slot.phase is LOADING):
-                reason = Reason.HOLDER
-            else:
-                reason = Reason.SPILL if fleet.holders(adapter) else Reason.COLD
-        first = first_token_s if first_token_s < inf else None
-        return Decision(worker, reason, left_out, looked_at, None, first)
+                return Decision(None, Reason.SATURATED, left_out, (), again_at)
+            return Decision(None, nobody(fleet, adapter), left_out)
+        first_s = None if least is None else least.first_token_s
+        reason = _reason(chosen, job, holders)
+        return Decision(chosen, reason, left_out, looked_at, None, first_s)
 
-    def _candidates(self, job: Job, fleet: Fleet, holders: Sequence[Worker]) -> list[Worker]:
+    def _candidates(self, job: Job, fleet: Fleet, holders: Sequence[Worker]) -> Iterable[Worker]:
         """Whom to look at: all of a small fleet; of a large one the holders and some others."""
         if len(fleet) <= ALL_UP_TO:
-            return list(fleet)
+            return fleet
         rng, ready = self._rng, fleet.ready
         chosen: dict[str, Worker] = {}
-        if len(holders) > HOLDERS_MAX:
-            first = int(rng.random() * len(holders))
-            for step in range(HOLDERS_MAX):
-                worker = holders[(first + step) % len(holders)]
-                chosen[worker.id] = worker
-        else:
-            for worker in holders:
-                chosen[worker.id] = worker
+        first = int(rng.random() * len(holders)) if len(holders) > HOLDERS_MAX else 0
+        for step in range(min(len(holders), HOLDERS_MAX)):
+            worker = holders[(first + step) % len(holders)]
+            chosen[worker.id] = worker
         if job.adapter is not None:
             for worker in fleet.in_host_memory(job.adapter)[:DRAWN]:
                 chosen[worker.id] = worker
         for _ in range(min(DRAWN, len(ready))):
             worker = ready[int(rng.random() * len(ready))]
             chosen[worker.id] = worker
-        return list(chosen.values())
+        able = list(chosen.values())
+        if any(worker.ready_index >= 0 and worker.can_serve(job.adapter) for worker in able):
+            return able
+        return fleet  # those drawn have no room: rather look at all than say that nobody has
+
+
+class _Weighing:
+    """What one job would cost on one worker after another."""
+
+    __slots__ = (
+        "adapter",
+        "cached",
+        "fleet",
+        "job",
+        "now",
+        "output",
+        "per_token_s",
+        "stay_s",
+    )
+
+    def __init__(self, job: Job, fleet: Fleet, holders: int, now: float) -> None:
+        adapter = job.adapter
+        self.job = job
+        self.fleet = fleet
+        self.now = now
+        self.adapter = adapter
+        self.output = fleet.learned.expected_output(job.max_output_tokens)
+        self.per_token_s = fleet.learned.times.prefill_s(1, lora=adapter is not None)
+        self.cached = fleet.prefixes.cached_tokens(adapter, job.prefix) if job.prefix else NOTHING
+        self.stay_s = STAY_S
+        if adapter is not None and holders >= fleet.targets.get(adapter, 1):
+            self.stay_s += SPREAD_S
+
+    def drop(self, worker: Worker) -> Drop | None:
+        """Why the worker is left out, if it is."""
+        job = self.job
+        if worker.ready_index < 0:
+            return Drop.OVERLOADED if worker.accepting else Drop.NOT_ACCEPTING
+        if self.adapter is not None and not worker.slots.can_serve(self.adapter):
+            return Drop.NO_SLOT
+        if worker.busy_until - AHEAD_S > self.now:
+            return Drop.SATURATED
+        if worker.kv_tokens and worker.in_flight:
+            need = job.prompt_tokens - self.cached.get(worker.id, 0) + self.output
+            if worker.context_tokens + need > KV_SHARE * worker.kv_tokens:
+                return Drop.SATURATED
+        if job.avoid and worker.id in job.avoid:
+            return Drop.AVOIDED
+        return None
+
+    def cost(self, worker: Worker) -> Considered:
+        """The terms."""
+        fleet, times, slots = self.fleet, self.fleet.learned.times, worker.slots
+        running, before = worker.in_flight, slots.in_use
+        distinct = before
+        load_s = stall_s = harm_s = stay_s = 0.0
+        adapter = self.adapter
+        if adapter is not None:
+            slot = slots.get(adapter)
+            if slot is None:
+                tier = fleet.tier(worker, adapter)
+                load_s = fleet.learned.load_s(tier)
+                stall_s = times.load_host_s if tier is HOST else times.load_disk_s
+                harm_s = self._harm_s(slots.victim(), running * stall_s)
+                stay_s = self.stay_s
+                distinct += 1
+            else:
+                if slot.phase is LOADING:
+                    load_s = max(0.0, slot.ready_at - self.now)
+                if not slot.users:
+                    distinct += 1
+        tokens = self.job.prompt_tokens - self.cached.get(worker.id, 0)
+        context = worker.context_tokens
+        pace = worker.pace
+        prefill_s = tokens * self.per_token_s * pace
+        step_s = pace * times.step_s(running + 1, distinct, context + tokens + self.output)
+        others_s = 0.0
+        if running:
+            slower_s = step_s - pace * times.step_s(running, before, context)
+            others_s = running * (stall_s + prefill_s + self.output * slower_s) * OTHERS_WEIGHT
+        return Considered(
+            worker.id,
+            max(0.0, worker.busy_until - self.now),
+            load_s,
+            prefill_s + step_s,
+            self.output * step_s,
+            others_s,
+            harm_s,
+            stay_s,
+        )
+
+    def _harm_s(self, victim: Slot | None, others_stall_s: float) -> float:
+        """What evicting costs the victim's next user, if there is one before it would leave anyway."""
+        if victim is None:
+            return 0.0
+        fleet = self.fleet
+        rate = fleet.demand.rate(victim.adapter, self.now)
+        if rate <= 0.0:
+            return 0.0
+        soon = 1.0 - exp(-rate * fleet.stay_s(self.now))
+        reload_s = fleet.learned.load_s(DISK) + others_stall_s * OTHERS_WEIGHT
+        return HARM_WEIGHT * soon * reload_s / max(1, len(fleet.holders(victim.adapter)))
+
+
+def _reason(worker: Worker, job: Job, holders: Sequence[Worker]) -> Reason:
+    adapter = job.adapter
+    if adapter is None:
+        return Reason.BASE
+    if worker.slots.get(adapter) is not None:
+        return Reason.HOLDER
+    return Reason.SPILL if holders else Reason.COLD
