@@ -155,9 +155,10 @@ class RouterConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     long it may pause within one; `drain_timeout_s` how long running requests may take at shutdown.
     Who has waited for an adapter's slot for `slot_patience_s` gets one that is freed for it;
     `locality_tokens` is how far a request may overtake because its adapter is at hand (the policy's
-    own unless given). `ttft_deadline_s` is the latest time to the first token that is of use: what would
-    miss it is turned away, so that the others do not. `tenants` are named by the header `x-tenant`; a
-    name that is not listed is none. `explain_sample` is the share of decisions that are logged.
+    own unless given). `ttft_deadline_s` is the latest time to the first token that is of use: what
+    would miss it is turned away, so that the others do not. `tenants` are named by the header
+    `x-tenant`; a name that is not listed is none. `explain_sample` is the share of decisions that are
+    logged with their reasons.
     Requests need a key if the environment variable that `api_keys_env` names holds some, separated
     by commas.
     """

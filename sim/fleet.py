@@ -45,9 +45,9 @@ def engine_model(llm: LLMConfig) -> tuple[LatencyModel, EngineLimits]:
 class Reports:
     """What the workers have said of themselves and the router has not yet heard.
 
-    The rule: the router knows a report from `staleness_s` after it on. Only a decision, a change of the
-    adapters' ledger, or somebody who waits can tell when it was told. So what is said while nobody waits,
-    and is of mere load, is handed over before the next decision after its time (`due`); the rest in time.
+    The rule: the router knows a report from `staleness_s` after it on. Only a decision, a change of
+    the adapters' ledger, or somebody who waits can tell when it was told. So what is said while nobody
+    waits, and is of mere load, is handed over before the next decision (`due`); the rest in its time.
     """
 
     def __init__(self, env: Environment, router: Router, staleness_s: float) -> None:

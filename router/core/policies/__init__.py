@@ -1,8 +1,8 @@
 """The policies by name: what `router.policy` and `--policy` accept.
 
 `cost` is ours, `affinity` the rule that it began with; the others are rules that other routers go by,
-for comparison. Each file says where its rule was read, what was given to it, and where it had to be bent
-to the router's own bounds.
+for comparison. Each file says where its rule was read, what was given to it, and where it had to be
+bent to the router's own bounds.
 """
 
 from collections.abc import Callable
