@@ -35,6 +35,7 @@ class Drop(StrEnum):
     NOT_ACCEPTING = "not_accepting"
     AVOIDED = "avoided"
     SATURATED = "saturated"
+    NO_MEMORY = "no_memory"
     NO_SLOT = "no_slot"
 
 

@@ -48,6 +48,8 @@ STAY_S: Final = 0.02
 SPREAD_S: Final = 0.5
 HOST: Final = Tier.HOST
 DISK: Final = Tier.DISK
+SATURATED: Final = Drop.SATURATED
+NO_MEMORY: Final = Drop.NO_MEMORY
 NOTHING: Final[Mapping[str, int]] = {}
 LOCALITY_TOKENS: Final = 32768.0
 
@@ -73,8 +75,7 @@ class Cost(Policy):
         dropped: list[tuple[str, Drop]] = []
         considered: list[Considered] = []
         best: Worker | None = None
-        best_s = inf
-        again_at = inf
+        best_s = full_s = again_at = inf
         least: Considered | None = None
         spare: Worker | None = None
         for worker in self._candidates(job, fleet, holders):
@@ -87,15 +88,21 @@ class Cost(Policy):
                     best, best_s, least = worker, total_s, cost
                 continue
             dropped.append((worker.id, drop))
-            if drop is Drop.SATURATED:
-                again_at = min(again_at, max(worker.busy_until - AHEAD_S, now + AGAIN_S))
-            elif drop is Drop.AVOIDED:
+            if drop is Drop.AVOIDED:
                 spare = spare or worker
+            if drop is NO_MEMORY:
+                again_at = min(again_at, now + AGAIN_S)
+            if drop is SATURATED:
+                # It may still be the best place to go to, a little later.
+                cost = weighing.cost(worker)
+                considered.append(cost)
+                full_s = min(full_s, cost.total_s)
+                again_at = min(again_at, worker.busy_until - AHEAD_S)
         left_out, looked_at = tuple(dropped), tuple(considered)
         chosen = best or spare
+        if full_s < best_s or (chosen is None and again_at < inf):
+            return Decision(None, Reason.SATURATED, left_out, looked_at, again_at)
         if chosen is None:
-            if again_at < inf:
-                return Decision(None, Reason.SATURATED, left_out, (), again_at)
             return Decision(None, nobody(fleet, adapter), left_out)
         first_s = None if least is None else least.first_token_s
         reason = _reason(chosen, job, holders)
@@ -158,11 +165,11 @@ class _Weighing:
         if self.adapter is not None and not worker.slots.can_serve(self.adapter):
             return Drop.NO_SLOT
         if worker.busy_until - AHEAD_S > self.now:
-            return Drop.SATURATED
+            return SATURATED
         if worker.kv_tokens and worker.in_flight:
             need = job.prompt_tokens - self.cached.get(worker.id, 0) + self.output
             if worker.context_tokens + need > KV_SHARE * worker.kv_tokens:
-                return Drop.SATURATED
+                return NO_MEMORY
         if job.avoid and worker.id in job.avoid:
             return Drop.AVOIDED
         return None
