@@ -6,8 +6,8 @@ down slowly: the smoothed figure follows a rise immediately and a fall over some
 holder is not unloaded: the policy prefers the others, so its slot falls idle and is the next to go.
 
 Churn is bounded: no load begins on a worker where one is under way, at most `LOADS_AT_ONCE` in a
-period, and an adapter in use less than the newcomer is all that may be evicted for it. What waits in
-the queue and is held nowhere is loaded while it waits, where a slot is free.
+period. For a hot adapter one may be evicted that is asked for less than each holder would be; whatever
+else was in use of late, or waits in the queue, and is held nowhere, is loaded where a slot is free.
 
 Cost: nothing but a dictionary's look-up on the way of a request; each period walks the adapters in use.
 """
@@ -95,6 +95,7 @@ class Replicas:
 
     def _load(self, adapter: AdapterRef, workers: list[Worker], now: float) -> None:
         fleet = self._fleet
+        hot = adapter in fleet.targets  # more than one worker's worth
         share = fleet.demand.rate(adapter, now) / (len(fleet.holders(adapter)) + 1)
         able = []
         for number, worker in enumerate(workers):
@@ -105,7 +106,7 @@ class Replicas:
             if (
                 victim is None
                 or adapter in fleet.pins
-                or fleet.demand.rate(victim.adapter, now) < share
+                or (hot and fleet.demand.rate(victim.adapter, now) < share)
             ):
                 able.append((victim is not None, worker.in_flight, number))
         if able:

@@ -9,6 +9,7 @@ from router.core.fleet import Fleet, Worker
 from router.core.job import AdapterRef, Job, LoadError
 from router.core.placement import Decision
 from router.core.policies import POLICIES
+from router.core.residency import Eviction
 from router.core.router import Router
 from sim.environment import Environment
 from sim.loop import SimLoop, run
@@ -111,20 +112,23 @@ class Cluster:
         max_ongoing: int = 64,
         loader: FakeLoader | None = None,
         policy: str = "affinity",
+        eviction: Eviction = Eviction.LRU,
         seed: int = 0,
         **settings: Any,  # noqa: ANN401
     ) -> None:
         self.loader = loader or FakeLoader()
         self.log = Log()
+        self.policy = POLICIES[policy](Random(seed))
         self.router = Router(
             Fleet("base"),
-            POLICIES[policy](Random(seed)),
+            self.policy,
             self.loader,
             observer=self.log,
             **settings,
         )
         self.workers = [
-            Worker(f"w{number}", max_ongoing=max_ongoing, slots=slots) for number in range(workers)
+            Worker(f"w{number}", max_ongoing=max_ongoing, slots=slots, eviction=eviction)
+            for number in range(workers)
         ]
         for worker in self.workers:
             self.router.add_worker(worker)

@@ -6,7 +6,6 @@ worker; over workers that come, go, stop accepting and report; with loads that t
 
 import asyncio
 from collections import Counter
-from random import Random
 from typing import NamedTuple
 
 from harness import Cluster, FakeLoader, after_every_event, ref, simulate
@@ -16,7 +15,8 @@ from hypothesis import strategies as st
 from router.core.fleet import Report, Worker
 from router.core.job import AdapterRef, LoadError, LoadFault, Rejected
 from router.core.policies import POLICIES
-from router.core.residency import Phase
+from router.core.quotas import Quota
+from router.core.residency import Eviction, Phase
 
 MAX_QUEUED = 8
 NAMES = ("a", "b", "c", "d", "e", "bad")
@@ -31,6 +31,10 @@ class Planned(NamedTuple):
     cancel: float | None
     deadline: float | None
     avoid: tuple[str, ...]
+    tenant: str
+    priority: int
+    prompt_tokens: int
+    refuse_cold: bool
 
 
 class Change(NamedTuple):
@@ -50,6 +54,10 @@ JOBS = st.lists(
         cancel=st.one_of(st.none(), st.floats(0, 8)),
         deadline=st.one_of(st.none(), st.none(), st.floats(-1, 8)),
         avoid=st.sampled_from([(), (), ("w0",), ("w0", "w1", "w2")]),
+        tenant=st.sampled_from(["", "a", "b"]),
+        priority=st.integers(-4, 4),
+        prompt_tokens=st.sampled_from([0, 100, 20_000]),
+        refuse_cold=st.sampled_from([False, False, False, True]),
     ),
     max_size=60,
 )
@@ -58,13 +66,15 @@ CHANGES = st.lists(
         Change,
         at=st.floats(0, 20),
         worker=st.integers(0, 2),
-        what=st.sampled_from(["remove", "drain", "add", "lost all", "has b", "close"]),
+        what=st.sampled_from(
+            ["remove", "drain", "add", "lost all", "has b", "close", "pin", "unpin", "warm"]
+        ),
     ),
     max_size=6,
 )
 
 
-def check(cluster: Cluster, workers: list[Worker], policy: str) -> None:
+def check(cluster: Cluster, workers: list[Worker]) -> None:
     fleet = cluster.router.fleet
     for worker in workers:
         slots = list(worker.slots)
@@ -77,19 +87,26 @@ def check(cluster: Cluster, workers: list[Worker], policy: str) -> None:
             if slot.phase is Phase.EVICTING:
                 assert slot.users == 0, "evicting what is in use"
             held = worker in fleet.holders(slot.adapter)
-            assert held == (member and slot.phase in {Phase.LOADING, Phase.RESIDENT})
+            usable = slot.phase in {Phase.LOADING, Phase.RESIDENT} and not slot.closed
+            assert held == (member and usable)
         idle = [slot for slot in slots if slot.phase is Phase.RESIDENT and not slot.users]
-        assert worker.slots.idle == len(idle)
+        assert worker.slots.idle == sum(not slot.pinned for slot in idle)
+        assert worker.slots.in_use == sum(slot.users > 0 for slot in slots)
+        assert worker.slots.loading == sum(slot.phase is Phase.LOADING for slot in slots)
+        assert sum(slot.closed for slot in slots) == (worker.slots.closed is not None)
         ready = member and worker.accepting and not worker.overloaded
         assert (worker in fleet.ready) == ready
     for name in NAMES:
         for worker in fleet.holders(ref(name)):
             assert worker.slots.get(ref(name)) is not None, "a holder that holds nothing"
     queue = cluster.router._queue
-    assert len(queue) <= MAX_QUEUED
-    waiting = [queue.oldest] if queue.held() else list(queue)
+    waiting = list(queue)
+    assert len(waiting) == len(queue) <= MAX_QUEUED
+    tags = [(waiter.tag, waiter.seq) for waiter in waiting]
+    assert tags == sorted(tags)
     for waiter in waiting:
-        decision = POLICIES[policy](Random(0)).place(waiter.job, fleet, 0.0)
+        # As the policy that the router has: it may know of arrivals, or have a plan.
+        decision = cluster.policy.place(waiter.job, fleet, cluster.router.loop.time())
         assert decision.worker is None, (
             f"{waiter.job.id} waits, and {decision.worker} could take it"
         )
@@ -101,8 +118,10 @@ def check(cluster: Cluster, workers: list[Worker], policy: str) -> None:
     changes=CHANGES,
     slots=st.integers(0, 3),
     max_ongoing=st.integers(1, 4),
-    max_overtakes=st.integers(0, 5),
+    patience_s=st.sampled_from([0.1, 1.0, 30.0]),
     load_s=st.sampled_from([0.0, 0.5, 4.0]),
+    fetch_s=st.sampled_from([0.0, 0.0, 1.0]),
+    eviction=st.sampled_from(Eviction),
     policy=st.sampled_from(sorted(POLICIES)),
 )
 def test_invariants_hold_after_every_event(
@@ -110,13 +129,17 @@ def test_invariants_hold_after_every_event(
     changes: list[Change],
     slots: int,
     max_ongoing: int,
-    max_overtakes: int,
+    patience_s: float,
     load_s: float,
+    fetch_s: float,
+    eviction: Eviction,
     policy: str,
 ) -> None:
     async def main() -> None:
         failure = LoadError(LoadFault.ADAPTER_INVALID, "bad")
-        loader = FakeLoader(load_s, fails=lambda a: failure if a.name == "bad" else None)
+        loader = FakeLoader(
+            load_s, fetch_s=fetch_s, fails=lambda a: failure if a.name == "bad" else None
+        )
         loader.times["c"] = 1.5
         cluster = Cluster(
             3,
@@ -124,23 +147,35 @@ def test_invariants_hold_after_every_event(
             max_ongoing=max_ongoing,
             loader=loader,
             policy=policy,
+            eviction=eviction,
             max_queued=MAX_QUEUED,
             queue_timeout_s=6,
-            max_overtakes=max_overtakes,
+            slot_patience_s=patience_s,
+            quotas={"b": Quota(requests_per_minute=30, tokens_per_minute=4000)},
         )
         everyone = list(cluster.workers)
         outcomes: Counter[str] = Counter()
-        after_every_event(lambda: check(cluster, everyone, policy))
+        after_every_event(lambda: check(cluster, everyone))
         loop = asyncio.get_running_loop()
 
         async def one(plan: Planned) -> None:
             await asyncio.sleep(plan.at)
             deadline = None if plan.deadline is None else loop.time() + plan.deadline
-            job = cluster.job(plan.adapter, deadline=deadline, avoid=plan.avoid)
+            job = cluster.job(
+                plan.adapter,
+                deadline=deadline,
+                avoid=plan.avoid,
+                tenant=plan.tenant,
+                priority=plan.priority,
+                prompt_tokens=plan.prompt_tokens,
+                refuse_cold=plan.refuse_cold,
+            )
             try:
                 async with cluster.router.lease(job) as lease:
                     assert_held(lease.worker, job.adapter)
+                    lease.first_token()
                     await asyncio.sleep(plan.hold)
+                    lease.answered(50)
                 outcomes["completed"] += 1
             except Rejected as error:
                 outcomes[error.outcome.value] += 1
@@ -164,7 +199,9 @@ def test_invariants_hold_after_every_event(
                 case "drain":
                     cluster.router.set_accepting(worker, accepting=not worker.accepting)
                 case "add" if not member:
-                    fresh = Worker(worker.id, max_ongoing=max_ongoing, slots=slots)
+                    fresh = Worker(
+                        worker.id, max_ongoing=max_ongoing, slots=slots, eviction=eviction
+                    )
                     everyone.append(fresh)
                     everyone[plan.worker] = fresh
                     cluster.router.add_worker(fresh)
@@ -172,6 +209,10 @@ def test_invariants_hold_after_every_event(
                     cluster.router.observe(worker, Report())
                 case "has b":
                     cluster.router.observe(worker, Report(gpu=(ref("b"),)))
+                case "pin" | "unpin":
+                    cluster.router.pin(ref("a"), pinned=plan.what == "pin")
+                case "warm" if member:
+                    cluster.router.warm(worker, ref("d"))
                 case "close" if plan.worker == 0 and plan.at > 15:
                     cluster.router.close()
                 case _:

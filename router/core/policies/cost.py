@@ -37,21 +37,21 @@ from router.core.timing import Tier
 ALL_UP_TO: Final = 8  # workers; beyond, some are drawn
 HOLDERS_MAX: Final = 6
 DRAWN: Final = 4
-AHEAD_S: Final = 0.25
+AHEAD_S: Final = 0.5
 KV_SHARE: Final = 0.95
 AGAIN_S: Final = (
     0.002  # who is full for want of memory is asked again then, or when a job ends there
 )
-OTHERS_WEIGHT: Final = 0.2
-HARM_WEIGHT: Final = 1.0
-STAY_S: Final = 0.02
+OTHERS_WEIGHT: Final = 0.25
+HARM_WEIGHT: Final = 4.0
+STAY_S: Final = 0.1
 SPREAD_S: Final = 0.5
 HOST: Final = Tier.HOST
 DISK: Final = Tier.DISK
 SATURATED: Final = Drop.SATURATED
 NO_MEMORY: Final = Drop.NO_MEMORY
 NOTHING: Final[Mapping[str, int]] = {}
-LOCALITY_TOKENS: Final = 32768.0
+LOCALITY_TOKENS: Final = 131072.0
 
 
 class Cost(Policy):
