@@ -59,6 +59,10 @@ class Replicas:
         if best is not None:
             self._warm(best, adapter)
 
+    def failed(self, adapter: AdapterRef) -> None:
+        """A load of it has failed: it is not loaded again until it is asked for again."""
+        self._in_flight.pop(adapter, None)
+
     def plan(self, waiting_for: Callable[[AdapterRef], int], now: float) -> bool:
         """Set the targets and begin what loads they need; False when nothing is in use any more."""
         fleet, seen = self._fleet, self._in_flight

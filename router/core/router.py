@@ -698,12 +698,15 @@ class Router:
         if error is None:
             self.fleet.stage(slot.adapter)
             self.fleet.learned.loaded(tier, load_s)
+            slot.reload_s = load_s
             evicted = self.fleet.finish_load(worker, slot, task.result(), now)
             if evicted is not None:
                 self._observer.evicted(worker, evicted.adapter)
         else:
             slot.error = error
             self.fleet.fail_load(worker, slot)
+            if self._replicas is not None:
+                self._replicas.failed(slot.adapter)
         del self._loads[worker.id, slot]
         self._observer.load_ended(worker, slot.adapter, load_s, error)
         slot.wake()

@@ -4,7 +4,7 @@ import pytest
 from harness import ref
 
 from router.core.job import LoadError, LoadFault
-from router.core.residency import NEXT, Phase, Slot, SlotCache
+from router.core.residency import NEXT, Eviction, Phase, Slot, SlotCache
 
 
 @pytest.mark.parametrize(("before", "after"), list(itertools.product(Phase, Phase)))
@@ -81,3 +81,89 @@ def test_what_a_worker_says_it_holds_fills_free_slots_only() -> None:
 
 def test_no_slots_serve_no_adapter() -> None:
     assert not SlotCache(0).can_serve(ref("a"))
+
+
+def use(cache: SlotCache, name: str, times: int = 1) -> None:
+    slot = cache.get(ref(name))
+    assert slot is not None
+    for _ in range(times):
+        cache.acquire(slot)
+        cache.release(slot)
+
+
+@pytest.mark.parametrize(
+    ("eviction", "leaves"), [(Eviction.LRU, ["a", "b", "c"]), (Eviction.GDSF, ["b", "c", "d"])]
+)
+def test_who_leaves_is_the_evictions_choice(eviction: Eviction, leaves: list[str]) -> None:
+    cache = SlotCache(3, eviction)
+    loaded(cache, "a", "b", "c")
+    use(cache, "a", 3)
+    use(cache, "b")
+    use(cache, "c")
+    gone = []
+    for name in ("d", "e", "f"):
+        slot = cache.begin_load(ref(name))
+        victim = cache.finish_load(slot)
+        assert victim is not None
+        gone.append(victim.adapter.name)
+        use(cache, name)
+    assert gone == leaves
+
+
+def test_gdsf_forgets_what_was_popular_long_ago() -> None:
+    cache = SlotCache(2, Eviction.GDSF)
+    loaded(cache, "old")
+    use(cache, "old", 5)
+    for number in range(20):
+        name = f"new{number}"
+        loaded(cache, name)
+        use(cache, name)
+    assert cache.get(ref("old")) is None
+
+
+def test_gdsf_keeps_what_takes_long_to_load() -> None:
+    cache = SlotCache(2, Eviction.GDSF)
+    loaded(cache, "slow", "fast")
+    for name, reload_s in (("slow", 2.0), ("fast", 0.1)):
+        slot = cache.get(ref(name))
+        assert slot is not None
+        slot.reload_s = reload_s
+        use(cache, name)
+    victim = cache.victim()
+    assert victim is not None
+    assert victim.adapter.name == "fast"
+
+
+def test_a_pinned_adapter_is_never_a_victim() -> None:
+    cache = SlotCache(2)
+    cache.pins = {ref("a"): None}
+    loaded(cache, "a", "b")
+    assert cache.idle == 1
+    victim = cache.victim()
+    assert victim is not None
+    assert victim.adapter == ref("b")
+    pinned = cache.get(ref("b"))
+    assert pinned is not None
+    cache.pin(pinned, pinned=True)
+    assert cache.victim() is None
+    assert not cache.can_serve(ref("c"))
+    cache.pin(pinned, pinned=False)
+    assert cache.can_serve(ref("c"))
+
+
+def test_a_closed_slot_takes_nobody_new_and_goes_first() -> None:
+    cache = SlotCache(2)
+    loaded(cache, "a", "b")
+    slot = cache.get(ref("b"))
+    assert slot is not None
+    cache.acquire(slot)
+    cache.close(slot)
+    assert not cache.can_serve(ref("b"))
+    with pytest.raises(AssertionError):
+        cache.acquire(slot)
+    cache.release(slot)
+    assert cache.victim() is slot
+    assert cache.open(slot)
+    assert not cache.open(slot)
+    assert cache.can_serve(ref("b"))
+    assert cache.victim() is not slot

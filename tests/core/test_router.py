@@ -6,6 +6,7 @@ from harness import Cluster, FakeLoader, ref, settle, simulate
 from router.core.fleet import Report, Worker
 from router.core.job import AdapterRef, AdapterUse, LoadError, LoadFault, Outcome, Rejected
 from router.core.placement import Reason
+from router.core.quotas import Quota
 
 
 def test_a_burst_for_one_cold_adapter_causes_one_load_on_one_worker() -> None:
@@ -110,10 +111,10 @@ def test_a_job_waits_while_every_slot_is_in_use_and_others_pass_it() -> None:
 
 
 def test_a_hot_adapter_cannot_starve_a_cold_one() -> None:
-    """Without the bound the stream for `hot` would hold the only slot for ever."""
+    """Without patience the stream for `hot` would hold the only slot for ever."""
 
     async def main() -> None:
-        cluster = Cluster(workers=1, slots=1, max_overtakes=10, queue_timeout_s=1000)
+        cluster = Cluster(workers=1, slots=1, slot_patience_s=5, queue_timeout_s=1000)
         await cluster.use("hot")
         served: list[str] = []
 
@@ -136,27 +137,179 @@ def test_a_hot_adapter_cannot_starve_a_cold_one() -> None:
 
 
 @pytest.mark.parametrize("how", ["cancelled", "timed out"])
-def test_who_is_held_behind_one_that_gives_up_goes_on(how: str) -> None:
+def test_a_slot_closed_for_one_that_gives_up_is_opened_again(how: str) -> None:
     async def main() -> None:
-        cluster = Cluster(workers=1, slots=1, max_overtakes=2, queue_timeout_s=1000)
+        cluster = Cluster(workers=1, slots=1, slot_patience_s=2, queue_timeout_s=1000)
         loop = asyncio.get_running_loop()
         await cluster.use("a")
         holding = cluster.start(cluster.use("a", hold_s=500))
         await settle()
         deadline = loop.time() + 20 if how == "timed out" else None
         cold = cluster.start(cluster.use("b", deadline=deadline))
-        await settle()
-        for _ in range(2):
-            await cluster.use("a")
+        await asyncio.sleep(3)
+        assert cluster.workers[0].slots.closed is not None
         behind = [cluster.start(cluster.use("a")) for _ in range(3)]
         await settle()
-        assert cluster.router.queued == 4, "held"
+        assert cluster.router.queued == 4, "closed to them too"
         if how == "cancelled":
             cold.cancel()
         await asyncio.wait(behind, timeout=30)
         assert all(task.done() for task in behind)
+        assert cluster.workers[0].slots.closed is None
         await asyncio.gather(cold, return_exceptions=True)
         await holding
+        cluster.assert_at_rest()
+
+    simulate(main())
+
+
+def test_only_the_slot_that_is_given_up_is_closed() -> None:
+    """The other adapters, and the other workers, are served on while one slot falls idle."""
+
+    async def main() -> None:
+        cluster = Cluster(workers=1, slots=2, slot_patience_s=2, queue_timeout_s=1000)
+        long = cluster.start(cluster.use("a", hold_s=100))
+        more = [cluster.start(cluster.use("b", hold_s=20)) for _ in range(2)]
+        await asyncio.sleep(2)
+        cold = cluster.start(cluster.use("c"))
+        await asyncio.sleep(3)
+        closed = cluster.workers[0].slots.closed
+        assert closed is not None
+        assert closed.adapter.name == "a", "of the fewest users"
+        await cluster.use("b")
+        long.cancel()
+        await cold
+        await asyncio.gather(long, *more, return_exceptions=True)
+        cluster.assert_at_rest()
+
+    simulate(main())
+
+
+def test_the_adapter_is_fetched_before_a_worker_is_chosen() -> None:
+    """A slow store holds no place and closes no adapter; one fetch is enough for all who wait."""
+
+    async def main() -> None:
+        cluster = Cluster(workers=1, slots=1, max_ongoing=1, loader=FakeLoader(1, fetch_s=30))
+        cluster.loader.fetched[ref("a")] = None
+        await cluster.use("a")
+        slow = [cluster.start(cluster.use("b")) for _ in range(2)]
+        await settle()
+        assert cluster.workers[0].in_flight == 0
+        assert cluster.resident(0) == {"a"}
+        await cluster.use("a", hold_s=1)
+        await asyncio.gather(*slow)
+        assert [call[1] for call in cluster.loader.calls] == ["a", "b"]
+        cluster.assert_at_rest()
+
+    simulate(main())
+
+
+def test_a_deadline_bounds_the_fetch_too() -> None:
+    async def main() -> None:
+        cluster = Cluster(workers=1, loader=FakeLoader(1, fetch_s=30))
+        loop = asyncio.get_running_loop()
+        with pytest.raises(Rejected) as caught:
+            await cluster.use("b", deadline=loop.time() + 5)
+        assert caught.value.outcome is Outcome.DEADLINE
+        assert loop.time() == pytest.approx(5)
+        await asyncio.sleep(60)
+        assert cluster.router.fleet.staged(ref("b")), "it is fetched all the same"
+
+    simulate(main())
+
+
+def test_a_cold_load_is_refused_when_asked_to() -> None:
+    async def main() -> None:
+        cluster = Cluster(workers=2, slots=1)
+        with pytest.raises(Rejected, match="would take about") as caught:
+            await cluster.use("a", refuse_cold=True)
+        assert caught.value.outcome is Outcome.COLD_REFUSED
+        assert caught.value.retry_after_s > 0
+        assert cluster.loader.calls == []
+        await cluster.use("a")
+        await cluster.use("a", refuse_cold=True)
+        cluster.assert_at_rest()
+
+    simulate(main())
+
+
+def test_a_quota_is_reserved_settled_and_given_back() -> None:
+    async def main() -> None:
+        quotas = {"team": Quota(tokens_per_minute=1000)}
+        cluster = Cluster(quotas=quotas)
+        job = {"tenant": "team", "prompt_tokens": 500, "max_output_tokens": 100}
+        async with cluster.router.lease(cluster.job(**job)) as lease:
+            with pytest.raises(Rejected) as caught:
+                await cluster.use(None, **job)
+            assert caught.value.outcome is Outcome.OVER_QUOTA
+            # 200 tokens are lacking, at 1,000 a minute.
+            assert caught.value.retry_after_s == pytest.approx(12)
+            await cluster.use(None, prompt_tokens=500, tenant="another")
+            lease.answered(10, prompt_tokens=90)
+        await cluster.use(None, **job)  # 900 were left
+        with pytest.raises(RuntimeError, match="the worker failed"):
+            async with cluster.router.lease(cluster.job(tenant="team", max_output_tokens=1)):
+                raise RuntimeError("the worker failed")  # and it costs the tenant nothing
+        with pytest.raises(Rejected):
+            await cluster.use(None, **job)
+
+    simulate(main())
+
+
+def test_a_full_queue_turns_away_who_comes_last_by_share() -> None:
+    """Who floods fills the queue, but cannot keep out who asks for less than its share."""
+
+    async def main() -> None:
+        cluster = Cluster(workers=1, max_ongoing=1, max_queued=3)
+        holding = cluster.start(cluster.use(None, hold_s=10))
+        await settle()
+        flood = [
+            cluster.start(cluster.use(None, tenant="flood", prompt_tokens=100)) for _ in range(4)
+        ]
+        await settle()
+        polite = cluster.start(cluster.use(None, tenant="polite", prompt_tokens=100))
+        await settle()
+        ended = await asyncio.gather(*flood, polite, return_exceptions=True)
+        await holding
+        outcomes = [one.outcome if isinstance(one, Rejected) else "served" for one in ended]
+        full = Outcome.QUEUE_FULL
+        assert outcomes == ["served", "served", full, full, "served"]
+        cluster.assert_at_rest()
+
+    simulate(main())
+
+
+def test_what_would_miss_its_deadline_is_turned_away_early() -> None:
+    async def main() -> None:
+        cluster = Cluster(workers=1, max_ongoing=1, queue_timeout_s=1000)
+        loop = asyncio.get_running_loop()
+        first = [cluster.start(cluster.use(None, hold_s=1)) for _ in range(60)]
+        await asyncio.sleep(40)
+        # About twenty wait, one is served a second.
+        started = loop.time()
+        with pytest.raises(Rejected, match="miss its deadline") as caught:
+            await cluster.use(None, deadline=started + 5)
+        assert loop.time() == started, "at once"
+        assert caught.value.outcome is Outcome.DEADLINE
+        assert 15 <= caught.value.retry_after_s <= 25
+        await cluster.use(None, deadline=started + 40)
+        await asyncio.gather(*first)
+        cluster.assert_at_rest()
+
+    simulate(main())
+
+
+def test_pins_are_loaded_kept_and_let_go() -> None:
+    async def main() -> None:
+        cluster = Cluster(workers=1, slots=2, policy="cost")
+        cluster.router.pin(ref("kept"), pinned=True)
+        for name in "abc":
+            await cluster.use(name, hold_s=2)
+        assert "kept" in cluster.resident(0), "loaded ahead"
+        cluster.router.pin(ref("kept"), pinned=False)
+        for name in "abc":
+            await cluster.use(name)
+        assert "kept" not in cluster.resident(0)
         cluster.assert_at_rest()
 
     simulate(main())
