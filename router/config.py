@@ -165,7 +165,7 @@ class RouterConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     host: str = "127.0.0.1"
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8000
-    policy: str = "affinity"
+    policy: str = "cost"
     max_queued_requests: Natural = 1024
     queue_timeout_s: Seconds = 60.0
     slot_patience_s: Seconds = 1.0
