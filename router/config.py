@@ -224,6 +224,13 @@ _STRUCTS: Final[dict[str, type[msgspec.Struct]]] = {
 }
 
 
+# The fields that take one word of a few.
+_CHOICES: Final[dict[str, tuple[str, ...]]] = {
+    "engine": ("vllm", "emulated", "attached"),
+    "eviction": tuple(one.value for one in Eviction),
+}
+
+
 class _Lines:
     """The line of every key and item of a YAML document, by msgspec's paths."""
 
@@ -321,9 +328,9 @@ def _explain(message: str, lines: _Lines) -> ConfigError:
     if unknown is None:
         what = re.sub(r"^Object missing required field `(.*)`$", r"`\1` is missing", what)
         what = re.sub(r"^Expected `(.*?)`(.*), got `.*`$", _write_instead, what)
-        if key_enum := re.match(r"^Invalid enum value '?(.*?)'?$", what):
-            what = f"`{key_enum[1]}` is not one of vllm, emulated, attached"
         key = path.rpartition(".")[2]
+        if key_enum := re.match(r"^Invalid enum value '?(.*?)'?$", what):
+            what = f"`{key_enum[1]}` is not one of {', '.join(_CHOICES[key])}"
         return lines.error(f"{key}: {what}" if path != "$" else what, path)
     word = unknown[1]
     struct = _STRUCTS.get(re.sub(r"\[[^\]]*\]", "[]", path))
