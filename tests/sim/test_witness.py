@@ -12,7 +12,7 @@ CONFIG = """llm_configs:
   - model_loading_config: {{model_id: base}}
     lora_config: {{dynamic_lora_loading_path: s3://bucket/a, max_num_adapters_per_replica: 2}}
     deployment_config:
-      max_ongoing_requests: 2
+      max_ongoing_requests: {ongoing}
       autoscaling_config: {{min_replicas: 2, max_replicas: 2}}
     calibration: h100-llama-3.1-8b
 router: {{{router}}}
@@ -20,27 +20,41 @@ router: {{{router}}}
 
 
 def explained(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int, router: str = "policy: cost"
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+    router: str = "policy: cost",
+    ongoing: int = 2,
 ) -> list[str]:
     """What is said of one request of a crowd on two small workers."""
     trace = write_trace(tmp_path / "t.jsonl", 60, every_ms=1, model="base:a{}")
     config = tmp_path / "c.yaml"
-    config.write_text(CONFIG.format(router=router))
+    config.write_text(CONFIG.format(router=router, ongoing=ongoing))
     assert main(["replay", str(trace), "--config", str(config), "--explain", str(number)]) == 0
     lines = capsys.readouterr().out.splitlines()
     first = next(line for line in lines if line.startswith(f"request {number} "))
     return lines[lines.index(first) :]
 
 
+@pytest.mark.parametrize(
+    ("ongoing", "waits"),
+    [
+        (2, "it waited behind others, untried: every worker was overloaded"),
+        (
+            64,
+            "it waits: workers are free, but all their adapter slots are in use or loading (no_slot)",
+        ),
+    ],
+)
 def test_a_request_that_waits_and_evicts_is_told_from_beginning_to_end(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ongoing: int, waits: str
 ) -> None:
-    lines = explained(tmp_path, capsys, 20)
+    lines = explained(tmp_path, capsys, 20, ongoing=ongoing)
     assert lines[0] == "request 20 came at 0.019000 s for base:a7: 69 tokens"
     text = "\n".join(lines)
-    for part in ("s it waits: ", "request 20 for base:a7 goes to base-", "\n> base-", "adapter: "):
+    for part in (waits, "request 20 for base:a7 goes to base-", "\n> base-", "adapter: "):
         assert part in text
-    assert "its load evicts a" in text
+    assert ("its load evicts a" in text) is (ongoing == 2)  # else another had it loaded meanwhile
     assert " s it ended: completed, first token after " in lines[-1]
 
 

@@ -11,7 +11,7 @@ from conftest import ADAPTERS, MODEL, config_for
 from deployment import Deployment, deployed, wait_until
 
 # One deployment serves them all: keep them in one of pytest-xdist's processes.
-pytestmark = [pytest.mark.xdist_group("terms"), pytest.mark.processes]
+pytestmark = [pytest.mark.xdist_group("tenants"), pytest.mark.processes]
 
 TENANTS = [
     {"name": "few", "requests_per_minute": 2},
@@ -31,7 +31,7 @@ def deployment(
     config = config_for("emulated", None, str(adapter_store[0]))
     config["llm_configs"][0]["lora_config"]["pinned_adapters"] = [PINNED]
     config["router"] = {"tenants": TENANTS, "explain_sample": 1.0}
-    with deployed(config, tmp_path_factory.mktemp("terms") / "router") as started:
+    with deployed(config, tmp_path_factory.mktemp("tenants") / "router") as started:
         yield started
 
 
