@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from adapter_files import write_adapter
 from conftest import ADAPTERS, MODEL, config_for
 from deployment import Deployment, deployed, wait_until
 
@@ -167,11 +168,18 @@ def test_decisions_are_logged_with_their_terms(deployment: Deployment) -> None:
     assert "(wait:" in line
 
 
-def test_a_pin_that_is_not_in_the_store_is_said(
-    tmp_path: Path, adapter_store: tuple[Path, dict[str, str]]
-) -> None:
-    config = config_for("emulated", None, str(adapter_store[0]))
-    config["llm_configs"][0]["lora_config"]["pinned_adapters"] = ["nowhere"]
+def test_a_pin_that_is_not_in_the_store_is_said_and_loaded_once_it_is_there(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    write_adapter(store / "one", seed=1)
+    config = config_for("emulated", None, str(store))
+    config["llm_configs"][0]["lora_config"]["pinned_adapters"] = ["late"]
+    config["router"] = {"store_refresh_s": 0.2}
     with deployed(config, tmp_path / "router") as started:
-        assert "pinned_adapters that are not in the store: nowhere" in started.log
-        assert ask(started)[0] == 200
+        assert "pinned_adapters that are not in the store: late" in started.log
+        write_adapter(tmp_path / "late", seed=2)
+        (tmp_path / "late").rename(store / "late")
+        wait_until(
+            lambda: started.metric("lorayard_worker_adapter", adapter="late", phase="resident"),
+            "the pinned adapter is resident",
+        )
+        assert started.log.count("pinned_adapters") == 1
