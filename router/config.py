@@ -165,7 +165,7 @@ class RouterConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     host: str = "127.0.0.1"
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8000
-    policy: str = "affinity"
+    policy: str = "cost"
     max_queued_requests: Natural = 1024
     queue_timeout_s: Seconds = 60.0
     slot_patience_s: Seconds = 1.0
@@ -221,6 +221,13 @@ _STRUCTS: Final[dict[str, type[msgspec.Struct]]] = {
     "$.llm_configs[].lora_config": LoraConfig,
     "$.llm_configs[].deployment_config": DeploymentConfig,
     "$.llm_configs[].deployment_config.autoscaling_config": AutoscalingConfig,
+}
+
+
+# The fields that take one word of a few.
+_CHOICES: Final[dict[str, tuple[str, ...]]] = {
+    "engine": ("vllm", "emulated", "attached"),
+    "eviction": tuple(one.value for one in Eviction),
 }
 
 
@@ -321,9 +328,9 @@ def _explain(message: str, lines: _Lines) -> ConfigError:
     if unknown is None:
         what = re.sub(r"^Object missing required field `(.*)`$", r"`\1` is missing", what)
         what = re.sub(r"^Expected `(.*?)`(.*), got `.*`$", _write_instead, what)
-        if key_enum := re.match(r"^Invalid enum value '?(.*?)'?$", what):
-            what = f"`{key_enum[1]}` is not one of vllm, emulated, attached"
         key = path.rpartition(".")[2]
+        if key_enum := re.match(r"^Invalid enum value '?(.*?)'?$", what):
+            what = f"`{key_enum[1]}` is not one of {', '.join(_CHOICES[key])}"
         return lines.error(f"{key}: {what}" if path != "$" else what, path)
     word = unknown[1]
     struct = _STRUCTS.get(re.sub(r"\[[^\]]*\]", "[]", path))

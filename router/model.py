@@ -83,7 +83,10 @@ class ModelService:
             weights=config.weights,
             quotas=config.quotas,
         )
-        self.router.set_observer(metrics.watch(llm.model_id, self.router))
+        watch = metrics.watch(llm.model_id, self.router, config.explain_sample)
+        self.router.set_observer(watch)
+        self._pins: dict[str, AdapterRef] = {}
+        self._pins_missing: tuple[str, ...] = ()
         self._refreshing: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -92,12 +95,51 @@ class ModelService:
             await asyncio.to_thread(self._cache.prepare)
             await self.catalog.refresh()
             log.info("%s: %d adapters in the store", self.model_id, len(self.catalog.names))
-            self._refreshing = asyncio.create_task(self.catalog.keep_fresh())
+            self._pin()
+            self._refreshing = asyncio.create_task(self.catalog.keep_fresh(self._refreshed))
         self.pool.start(self.router)
 
     async def started(self) -> None:
         """Return when every worker can serve. Raises `WorkerStartError`."""
         await self.pool.started()
+        self._warm_pins()
+
+    def _refreshed(self) -> None:
+        self._pin()
+        self._warm_pins()
+
+    def _pin(self) -> None:
+        """Pin what the configuration names, at the version that is listed now."""
+        assert self.catalog is not None
+        listed = {name: self.catalog.get(name) for name in self.llm.pinned}
+        missing = tuple(name for name, stored in listed.items() if stored is None)
+        if missing and missing != self._pins_missing:
+            log.warning(
+                "%s: pinned_adapters that are not in the store: %s; put them there, or correct "
+                "the names",
+                self.model_id,
+                ", ".join(missing),
+            )
+        self._pins_missing = missing
+        for name, stored in listed.items():
+            pin = AdapterRef(self.model_id, name, stored.version) if stored else None
+            before = self._pins.get(name)
+            if pin == before:
+                continue
+            if before is not None:
+                self.router.pin(before, pinned=False)
+                del self._pins[name]
+            if pin is not None:
+                self.router.pin(pin, pinned=True)
+                self._pins[name] = pin
+
+    def _warm_pins(self) -> None:
+        """Load those that nobody holds, on one worker after another; under traffic the core does it."""
+        fleet = self.router.fleet
+        workers = [worker for worker in fleet if worker.accepting]
+        for number, pin in enumerate(self._pins.values()):
+            if workers and not fleet.holders(pin):
+                self.router.warm(workers[number % len(workers)], pin)
 
     async def find(self, name: str, *, afresh: bool = False) -> AdapterRef | None:
         """The adapter of that name, or None; looked up in the store now if `afresh`.

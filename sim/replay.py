@@ -19,10 +19,12 @@ from router.core.fleet import Fleet, Worker
 from router.core.job import AdapterRef, AdapterUse, Job, LoadError, Outcome, Prefix, Rejected
 from router.core.placement import Decision, Policy
 from router.core.policies import POLICIES
+from router.core.ports import Observer
 from router.core.prefixes import marks
-from router.core.router import Router
+from router.core.router import Lease, Router
 from sim.engine import EngineRequest
 from sim.environment import Environment, Moment
+from sim.explain import Witness
 from sim.fleet import Reports, SimWorkers
 from sim.garbage import few_collections
 from sim.host import Host
@@ -56,7 +58,7 @@ class Options(msgspec.Struct, frozen=True):
     many tokens of a prompt one of the trace's hash ids stands for.
     """
 
-    policy: str = "affinity"
+    policy: str = "cost"
     seed: int = 0
     workers: int | None = None
     adapters: int = 0
@@ -182,7 +184,13 @@ class _Model:
     """One base model's router, workers and ledger."""
 
     def __init__(
-        self, loop: SimLoop, llm: LLMConfig, config: Config, options: Options, host: Host
+        self,
+        loop: SimLoop,
+        llm: LLMConfig,
+        config: Config,
+        options: Options,
+        host: Host,
+        witness: Witness | None,
     ) -> None:
         self.llm = llm
         self.workers = SimWorkers(
@@ -194,6 +202,9 @@ class _Model:
             llm.eviction,
         )
         self.ledger = _Ledger(loop.env, self.workers.by_id)
+        observer: Observer = self.ledger
+        if witness is not None:
+            observer = witness.watching(self.ledger, loop.time)
         rng = Random(f"placement:{options.seed}:{llm.model_id}")
         policy = _Punctual(POLICIES[options.policy](rng))
         self.router = Router(
@@ -206,7 +217,7 @@ class _Model:
             locality_tokens=config.router.locality_tokens,
             weights=config.router.weights,
             quotas=config.router.quotas,
-            observer=self.ledger,
+            observer=observer,
         )
         policy.router = self.router
         policy.reports = self.ledger.reports = reports = Reports(
@@ -239,6 +250,7 @@ class Replay:
     """One run. `run` returns the result of the contract, less what only the caller can measure.
 
     `models` are the ids that the rows ask for, where they are known: they are looked up first.
+    `witness` is told all that happens to one request.
     """
 
     def __init__(
@@ -251,7 +263,9 @@ class Replay:
         progress: Callable[[int], None] | None = None,
         sampler: Sampler | None = None,
         journal: Callable[[Ended], None] | None = None,
+        witness: Witness | None = None,
     ) -> None:
+        self._witness = witness
         self._journal = journal
         self._sampler = sampler
         self._known_models = tuple(models)
@@ -296,7 +310,9 @@ class Replay:
     async def _replay(self, loop: SimLoop) -> None:
         host = Host()  # of every model: they run on one machine
         for llm in self._config.llm_configs:
-            self._models[llm.model_id] = _Model(loop, llm, self._config, self._options, host)
+            self._models[llm.model_id] = _Model(
+                loop, llm, self._config, self._options, host, self._witness
+            )
         for model_id in self._known_models:
             self._find(model_id)
         if self._sampler is not None:
@@ -362,6 +378,20 @@ class Replay:
         width = self._options.hash_block_tokens
         return tuple(Prefix(ids[mark - 1], mark * width) for mark in marks(len(ids)))
 
+    def _job(self, row: TraceRow, number: int, adapter: AdapterRef | None, arrived: float) -> Job:
+        job = Job(
+            str(number),
+            adapter,
+            prompt_tokens=row.input_length,
+            tenant=row.tenant,
+            priority=row.priority or self._priorities.get(row.tenant, 0),
+            deadline=None if self._deadline_s is None else arrived + self._deadline_s,
+            prefix=self._prefix(row),
+        )
+        if self._witness is not None:
+            self._witness.came(job, arrived)
+        return job
+
     async def _one(self, loop: SimLoop, row: TraceRow) -> None:
         """One request, from its arrival to its end."""
         arrived = loop.time()
@@ -369,23 +399,10 @@ class Replay:
         number = self._offered
         try:
             model, adapter = self._resolve(row)
-            job = Job(
-                str(number),
-                adapter,
-                prompt_tokens=row.input_length,
-                tenant=row.tenant,
-                priority=row.priority or self._priorities.get(row.tenant, 0),
-                deadline=None if self._deadline_s is None else arrived + self._deadline_s,
-                prefix=self._prefix(row),
-            )
+            job = self._job(row, number, adapter, arrived)
             async with model.router.lease(job) as lease:
                 worker, use = lease.worker, lease.use
-                self._uses[use] += 1
-                tally = model.ledger.tally[worker.id]
-                if use is HIT:
-                    tally.hits += 1
-                elif use is JOINED:
-                    tally.joins += 1
+                self._leased(model, lease)
                 done: asyncio.Future[EngineRequest] = loop.create_future()
                 request = EngineRequest(
                     adapter=adapter,
@@ -411,35 +428,48 @@ class Replay:
                     tokens=request.output_tokens,
                     slo=self._options.slo,
                 )
-                if self._journal is not None:
-                    self._journal(
-                        Ended(
-                            number,
-                            Outcome.COMPLETED,
-                            worker.id,
-                            use,
-                            ttft_s,
-                            e2e_s,
-                            model.ledger.evictions,
-                        )
+                if self._journal is not None or self._witness is not None:
+                    evictions = model.ledger.evictions
+                    self._told(
+                        Ended(number, Outcome.COMPLETED, worker.id, use, ttft_s, e2e_s, evictions),
+                        f"{request.output_tokens:,} tokens",
+                        loop.time(),
                     )
             else:
-                self._lost(number, Outcome.REFUSED)
+                self._lost(number, Outcome.REFUSED, "it is too long for the engine", loop.time())
         except Rejected as rejected:
             model.ledger.rejected(job, rejected.outcome)
-            self._lost(number, rejected.outcome)
-        except LoadError:
-            self._lost(number, Outcome.LOAD_FAILED)
+            self._lost(number, rejected.outcome, str(rejected), loop.time())
+        except LoadError as error:
+            self._lost(number, Outcome.LOAD_FAILED, str(error), loop.time())
         except Exception as error:  # noqa: BLE001  (a fault of the program: it ends the replay)
             self._ended(error)
             return
         self._ended(None)
 
-    def _lost(self, number: int, outcome: Outcome) -> None:
+    def _leased(self, model: _Model, lease: Lease) -> None:
+        use = lease.use
+        self._uses[use] += 1
+        tally = model.ledger.tally[lease.worker.id]
+        if use is HIT:
+            tally.hits += 1
+        elif use is JOINED:
+            tally.joins += 1
+        if self._witness is not None:
+            self._witness.leased(lease)
+
+    def _lost(self, number: int, outcome: Outcome, why: str, now: float) -> None:
         self.latencies.lost(outcome)
-        if self._journal is not None:
+        if self._journal is not None or self._witness is not None:
             evictions = sum(model.ledger.evictions for model in self._models.values())
-            self._journal(Ended(number, outcome, "", AdapterUse.NONE, None, None, evictions))
+            ended = Ended(number, outcome, "", AdapterUse.NONE, None, None, evictions)
+            self._told(ended, why, now)
+
+    def _told(self, ended: Ended, what: str, now: float) -> None:
+        if self._journal is not None:
+            self._journal(ended)
+        if self._witness is not None:
+            self._witness.ended(ended, what, now)
 
     def _ended(self, error: Exception | None) -> None:
         self._under_way -= 1

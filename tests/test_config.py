@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from router.config import Config, ConfigError, load, parse
+from router.core.quotas import Quota
 
 FOLDER = Path(__file__).parents[1] / "configs"
 LORA = """
@@ -47,7 +48,7 @@ BAD = [
     ),
     (
         HEAD + "router: {policy: zzz}\n",
-        "c.yaml:3: no policy `zzz`; known: affinity, chwbl, dynamo, ",
+        "c.yaml:3: no policy `zzz`; known: affinity, chwbl, cost, dynamo, ",
     ),
     (
         HEAD + LORA + "    engine_kwargs:\n      max_loras: 8\n",
@@ -127,6 +128,38 @@ BAD = [
     (HEAD + "router: {record: {max_mib: 9}}\n", "c.yaml:3: record: `path` is missing"),
     (HEAD + "router: {record: {path: ''}}\n", "c.yaml:3: path: Expected `str` of length >= 1"),
     (HEAD + "router: {record: {path: x, max_mib: 0}}\n", "c.yaml:3: max_mib: Expected `int` >= 1"),
+    (
+        HEAD + "router:\n  tenants:\n    - {name: a}\n    - {name: a}\n",
+        "c.yaml:6: tenant `a` stands here twice (first as tenants[0]); remove one",
+    ),
+    (HEAD + "router: {tenants: [{wieght: 2}]}\n", "c.yaml:3: unknown key `wieght`; did you mean"),
+    (HEAD + "router: {tenants: [{weight: 2}]}\n", "c.yaml:3: tenants[0]: `name` is missing"),
+    (HEAD + "router: {tenants: [{name: a b}]}\n", "c.yaml:3: name: Expected `str` matching regex"),
+    (
+        HEAD + "router: {tenants: [{name: a, weight: 0}]}\n",
+        "c.yaml:3: weight: Expected `float` > 0",
+    ),
+    (
+        HEAD + "router: {tenants: [{name: a, tokens_per_minute: 0}]}\n",
+        "c.yaml:3: tokens_per_minute: Expected `float` > 0",
+    ),
+    (
+        HEAD + "router: {tenants: [{name: a, priority: 4}]}\n",
+        "c.yaml:3: priority: Expected `int` <= 3",
+    ),
+    (
+        HEAD + "router: {ttft_deadline_s: 0}\n",
+        "c.yaml:3: ttft_deadline_s: Expected `float` > 0",
+    ),
+    (
+        HEAD + "router: {explain_sample: 2}\n",
+        "c.yaml:3: explain_sample: Expected `float` <= 1",
+    ),
+    (
+        HEAD + LORA + "      pinned_adapters: [a, b, c, d, a]\n",
+        "c.yaml:7: 4 pinned_adapters leave none of the 4 slots for others; pin at most 3, or raise",
+    ),
+    (HEAD + LORA + "      eviction: mru\n", "c.yaml:7: eviction: `mru` is not one of lru, gdsf"),
     (HEAD + 'router: {cache_dir: "a\\0b"}\n', "c.yaml:1: a path cannot be used: "),
     (HEAD + "router: {cache_dir: ~nosuchuser/x}\n", "c.yaml:1: a path cannot be used: "),
     (HEAD + "router: {queue_timeout_s: .inf}\n", "c.yaml:3: queue_timeout_s: Expected `float` <="),
@@ -173,6 +206,15 @@ def test_what_is_left_out_follows_from_the_rest() -> None:
     assert llm.engine_arguments() == {"enable_lora": True, "max_loras": 4, "max_lora_rank": 32}
     assert llm.model_loading_config.source == "base"
     assert read(HEAD).llm_configs[0].engine_arguments() == {}
+
+
+def test_tenants_become_weights_and_quotas() -> None:
+    router = read(
+        HEAD + "router: {tenants: [{name: a, weight: 2, tokens_per_minute: 9}, {name: b}]}\n"
+    ).router
+    assert router.weights == {"a": 2.0, "b": 1.0}
+    assert router.quotas == {"a": Quota(None, 9.0), "b": Quota()}
+    assert read(HEAD).router.policy == "cost"
 
 
 def test_relative_folders_are_taken_from_the_files_folder(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ reaches a worker nor loads the store. Nothing that a client asks for makes anyth
 import asyncio
 import logging
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Final
 
 from anyio import CapacityLimiter, to_thread
@@ -53,12 +54,13 @@ class AdapterCatalog:
         except TimeoutError:
             raise StoreError(f"{self._store.url}: no listing after {LIST_TIMEOUT_S:g} s") from None
 
-    async def keep_fresh(self) -> None:
-        """Refresh for ever; a store that cannot be read is logged and asked again."""
+    async def keep_fresh(self, refreshed: Callable[[], None]) -> None:
+        """Refresh for ever, and say so; a store that cannot be read is logged and asked again."""
         while True:
             await asyncio.sleep(self._refresh_s)
             try:
                 await self.refresh()
+                refreshed()
             except StoreError as error:
                 log.warning("the listing is kept as it was: %s", error)
             except Exception:  # this must not end while the router runs

@@ -162,15 +162,15 @@ class Lease:
         assert grant is not None, "a lease is left once"
         router = self._router
         tokens = self._output_tokens
-        if tokens is not None:
-            learned = router.fleet.learned
-            learned.answered(tokens)
+        if tokens:  # an embedding and a refusal teach nothing of how long answers are
+            router.fleet.learned.answered(tokens)
             if self._first_token_at is not None and tokens > 1:
                 step_s = (router.loop.time() - self._first_token_at) / (tokens - 1)
                 router.fleet.learn_pace(grant.worker, step_s)
         used = self._reserved if kind is None else 0.0
         if tokens is not None:
-            used = float(tokens + (self._prompt_tokens or self.job.prompt_tokens))
+            prompt = self._prompt_tokens
+            used = float(tokens + (self.job.prompt_tokens if prompt is None else prompt))
         router._settle(self.job, self._reserved, used)  # noqa: SLF001
         router._release(grant)  # noqa: SLF001
 

@@ -26,6 +26,7 @@ from router.core.router import Lease
 from router.frontend.auth import Keys
 from router.frontend.errors import ApiError, load_failed, model_not_found, rejected
 from router.frontend.head import BYTES_PER_TOKEN, Head, parse_head
+from router.frontend.prefix import prefix_of
 from router.frontend.relay import (
     AdapterNotThereError,
     AnswerCutError,
@@ -35,6 +36,7 @@ from router.frontend.relay import (
     relay,
     upstream_path,
 )
+from router.frontend.terms import Terms, TermsReader
 from router.model import ModelService
 from router.telemetry.answer import Answer
 from router.telemetry.metrics import Metrics
@@ -65,6 +67,7 @@ class Frontend:
         self._metrics = metrics
         self._keys = keys
         self._recorder = recorder
+        self._terms = TermsReader(config)
         self._created = int(time.time())
         self._in_flight = 0
         self._idle = asyncio.Event()
@@ -208,12 +211,14 @@ class Frontend:
         path = upstream_path(url.raw_path.removeprefix("/v1/"), url.raw_query_string)
         if path is None:
             raise ApiError(404, f"No route {url.path}.")
+        arrived = asyncio.get_running_loop().time()
+        terms = self._terms.read(request.headers)
         body = await self._read(request)
         head = parse_head(body)
         model, adapter = await self._resolve(head.model)
         self._in_flight += 1
         self._idle.clear()
-        exchange = Exchange(self, request, body, head, model, adapter, path)
+        exchange = Exchange(self, request, body, head, terms, model, adapter, path, arrived)
         try:
             return await exchange.run()
         except ApiError:
@@ -225,8 +230,7 @@ class Frontend:
             self._in_flight -= 1
             if not self._in_flight:
                 self._idle.set()
-            self._metrics.ended(model.model_id, exchange.outcome)
-            exchange.recorded()
+            exchange.ended()
 
     async def _read(self, request: web.Request) -> bytes:
         """The whole body, which may pause for as long as an answer may."""
@@ -263,9 +267,11 @@ class Exchange:
         request: web.Request,
         body: bytes,
         head: Head,
+        terms: Terms,
         model: ModelService,
         adapter: AdapterRef | None,
         path: str,
+        arrived: float,
     ) -> None:
         self._frontend = frontend
         self._request = request
@@ -274,13 +280,19 @@ class Exchange:
         self._looked_again = False
         self._model = model
         self._loop = asyncio.get_running_loop()
-        self._arrived = self._loop.time()
+        self._arrived = arrived
+        self._tokens = 0
         self.outcome = Outcome.CLIENT_GONE  # until another is known: cancelled before an answer
         self._job = Job(
             request["request_id"],
             adapter,
             prompt_tokens=len(body) // BYTES_PER_TOKEN,
             max_output_tokens=head.output_tokens,
+            tenant=terms.tenant,
+            priority=terms.priority,
+            deadline=None if terms.deadline_s is None else arrived + terms.deadline_s,
+            refuse_cold=terms.refuse_cold,
+            prefix=prefix_of(body),
         )
         self._recording: Recording | None = None
         if frontend.recorder is not None:
@@ -292,8 +304,12 @@ class Exchange:
                 body=body,
             )
 
-    def recorded(self) -> None:
-        """Hand the request to the recorder, now that its outcome is known."""
+    def ended(self) -> None:
+        """Count the request, and hand it to the recorder, now that its outcome is known."""
+        metrics, name = self._frontend.metrics, self._model.model_id
+        metrics.ended(name, self.outcome)
+        if self._job.tenant:
+            metrics.tenant_ended(name, self._job.tenant, self.outcome, self._tokens)
         if self._recording is not None:
             assert self._frontend.recorder is not None
             self._frontend.recorder.end(self._recording, self.outcome)
@@ -365,12 +381,12 @@ class Exchange:
         stamps["X-Adapter"] = lease.use.value
         if lease.queued_s:
             metrics.queue_s.labels(name).observe(lease.queued_s)
-        answer = None
+        recorder = self._frontend.recorder
+        answer = Answer(time.monotonic if recorder is None else recorder.clock)
         if self._recording is not None:
             self._recording.worker = worker_id
             self._recording.adapter_use = lease.use
-            assert self._frontend.recorder is not None
-            self._recording.answer = answer = Answer(self._frontend.recorder.clock)
+            self._recording.answer = answer
         # A retry, if there is one, should go elsewhere.
         self._job.avoid = (*self._job.avoid, worker_id)
         client = self._model.pool.client(worker_id)
@@ -397,8 +413,13 @@ class Exchange:
                 first_byte_timeout_s=config.first_byte_timeout_s,
                 idle_timeout_s=config.idle_timeout_s,
                 on_first_byte=on_first_byte,
+                on_first_token=lease.first_token,
                 answer=answer,
             )
+            self._count(lease, answer, response.status)
+        except asyncio.CancelledError:
+            self._count(lease, answer)
+            raise
         except AdapterNotThereError:
             assert adapter is not None
             log.warning("%s does not hold %s, which it should", worker_id, adapter.model_id)
@@ -406,6 +427,7 @@ class Exchange:
             raise AdapterNotThereError("it has lost the adapter") from None
         except AnswerCutError as error:
             self.outcome = Outcome.CLIENT_GONE if error.client_gone else Outcome.WORKER_FAILED
+            self._count(lease, answer)
             log.warning("%s: answer of %s was cut off: %s", self._job.id, worker_id, error)
             # Closed without its end, so that the client sees that the answer is not whole.
             if self._request.transport is not None:
@@ -419,6 +441,20 @@ class Exchange:
         metrics.placed(self._job, lease.use)
         metrics.request_s.labels(name).observe(now - self._arrived)
         return response
+
+    def _count(self, lease: Lease, answer: Answer, status: int | None = None) -> None:
+        """Tell the core how many tokens there were; those that came, of an answer that was cut off."""
+        usage = answer.usage()
+        prompt = None if usage is None else usage.input_tokens
+        output = None if usage is None else usage.output_tokens
+        if output is None:
+            output = answer.events or None
+        if output is None:
+            if status is None or status < 400:  # noqa: PLR2004
+                return  # not known: the quota keeps what was reserved, unless it was cut off
+            prompt = output = 0  # the engine refused it, and computed nothing
+        self._tokens = output + (self._job.prompt_tokens if prompt is None else prompt)
+        lease.answered(output, prompt)
 
 
 def _json(data: dict[str, Any]) -> web.Response:

@@ -6,7 +6,7 @@ from typing import Final
 import msgspec
 from aiohttp import web
 
-from router.core.job import LoadError, LoadFault, Rejected
+from router.core.job import LoadError, LoadFault, Outcome, Rejected
 
 LOAD_STATUS: Final[dict[LoadFault, tuple[int, str, str]]] = {
     LoadFault.ADAPTER_CHANGED: (503, "server_error", "adapter_changed"),
@@ -67,11 +67,12 @@ def model_not_found(model: str) -> ApiError:
 
 
 def rejected(error: Rejected) -> ApiError:
-    """503: no capacity."""
+    """429 where the tenant's quota is used up, which is the client's to mend; else 503: no capacity."""
+    over_quota = error.outcome is Outcome.OVER_QUOTA
     return ApiError(
-        503,
+        429 if over_quota else 503,
         str(error),
-        kind="server_error",
+        kind="rate_limit_error" if over_quota else "server_error",
         code=error.outcome.value,
         retry_after_s=error.retry_after_s,
     )

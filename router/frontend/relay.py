@@ -15,6 +15,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from engine_worker.protocol import VERSION_HEADER
+from router.frontend import terms
 from router.telemetry.answer import Answer
 from router.workers.client import WorkerClient, describe
 
@@ -31,9 +32,9 @@ HOP_BY_HOP: Final = frozenset(
         "te", "trailer", "transfer-encoding", "upgrade", "expect",
     }
 )  # fmt: skip
-# The client's key and cookies are for us, the worker's token is its client's own; the body was read
-# whole and unpacked, so its length and encoding are new.
-NOT_FORWARDED: Final = HOP_BY_HOP | {
+# The client's key, cookies and terms are for us, the worker's token is its client's own; the body was
+# read whole and unpacked, so its length and encoding are new.
+NOT_FORWARDED: Final = HOP_BY_HOP | terms.HEADERS | {
     "host", "authorization", "x-api-key", "api-key", "cookie", "content-length",
     "content-encoding", "accept-encoding", "x-request-id", VERSION_HEADER.lower(),
 }  # fmt: skip
@@ -99,12 +100,14 @@ async def relay(
     first_byte_timeout_s: float,
     idle_timeout_s: float,
     on_first_byte: Callable[[], None],
-    answer: Answer | None = None,
+    on_first_token: Callable[[], None],
+    answer: Answer,
 ) -> web.StreamResponse:
     """Send the body to a worker and its answer to the client, with our `stamps` as headers.
 
     `adapter` is the model id that the worker was leased for, empty for the base model. `answer` is
-    shown what passes.
+    shown what passes. `on_first_byte` is called when the answer begins, `on_first_token` when the first
+    event of a stream has come: a stream's head comes before its prompt is computed.
 
     Raises `WorkerFailedError`, `WorkerStalledError` or `AdapterNotThereError` while nothing was sent,
     `AnswerCutError` after.
@@ -144,15 +147,13 @@ async def relay(
         )
         returned.update(stamps)
         if whole is not None:
-            if answer is not None:
-                answer.whole(whole)
+            answer.whole(whole)
             return web.Response(status=upstream.status, headers=returned, body=whole)
         response = web.StreamResponse(status=upstream.status, headers=returned)
         if length is not None:
             response.content_length = length
-        if answer is not None:
-            answer.begins(upstream.headers.get("Content-Type", ""))
-        await _stream(request, upstream, response, idle_timeout_s, answer)
+        answer.begins(upstream.headers.get("Content-Type", ""))
+        await _stream(request, upstream, response, idle_timeout_s, answer, on_first_token)
         return response
 
 
@@ -161,7 +162,8 @@ async def _stream(
     upstream: aiohttp.ClientResponse,
     response: web.StreamResponse,
     idle_timeout_s: float,
-    answer: Answer | None,
+    answer: Answer,
+    on_first_token: Callable[[], None],
 ) -> None:
     """Bytes from the worker to the client, as they come; neither may pause for long."""
     await _to_client(response.prepare(request), idle_timeout_s)
@@ -174,8 +176,9 @@ async def _stream(
             raise AnswerCutError(describe(error), client_gone=False) from None
         if not chunk:
             break
-        if answer is not None:
-            answer.passes(chunk)
+        if answer.streamed and answer.first_byte_at is None:
+            on_first_token()
+        answer.passes(chunk)
         await _to_client(response.write(chunk), idle_timeout_s)
     await _to_client(response.write_eof(), idle_timeout_s)
 

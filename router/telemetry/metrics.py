@@ -4,17 +4,22 @@ An adapter's name is a label only of adapters that are in the store, and of no m
 `ADAPTER_LABELS_MAX` of them; the others are counted together as `other`.
 """
 
+import logging
 from collections.abc import Iterable, Iterator
+from random import Random
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from router.core.explain import in_one_line
 from router.core.fleet import Worker
 from router.core.job import AdapterRef, AdapterUse, Job, LoadError, Outcome
 from router.core.placement import Decision
 from router.core.router import Router
+
+explained = logging.getLogger("lorayard.explain")
 
 ADAPTER_LABELS_MAX: Final = 1000
 OTHER: Final = "other"
@@ -35,6 +40,18 @@ class Metrics:
             ("model", "outcome"),
             registry=self.registry,
         )
+        self.tenant_requests = Counter(
+            "lorayard_tenant_requests",
+            "Requests of the tenants that are configured, by the way in which they ended.",
+            ("model", "tenant", "outcome"),
+            registry=self.registry,
+        )
+        self.tenant_tokens = Counter(
+            "lorayard_tenant_tokens",
+            "Tokens of prompts and answers of the tenants that are configured.",
+            ("model", "tenant"),
+            registry=self.registry,
+        )
         self.adapter_requests = Counter(
             "lorayard_adapter_requests",
             "Requests for an adapter, by where it stood: hit, loading, cold.",
@@ -44,6 +61,12 @@ class Metrics:
         self.decisions = Counter(
             "lorayard_decisions",
             "Placements by their reason.",
+            ("model", "reason"),
+            registry=self.registry,
+        )
+        self.waits = Counter(
+            "lorayard_waits",
+            "Placements that found no worker, by the reason. One request may be tried several times.",
             ("model", "reason"),
             registry=self.registry,
         )
@@ -92,14 +115,23 @@ class Metrics:
     def _histogram(self, name: str, text: str) -> Histogram:
         return Histogram(name, text, ("model",), buckets=SECONDS, registry=self.registry)
 
-    def watch(self, model: str, router: Router) -> "RouterObserver":
-        """Show a router's fleet and queue, and return the observer to give to it."""
+    def watch(self, model: str, router: Router, explain_sample: float = 0.0) -> "RouterObserver":
+        """Show a router's fleet and queue, and return the observer to give to it.
+
+        `explain_sample` is the share of decisions that are logged with their reasons.
+        """
         self.registry.register(_FleetCollector(model, router))
-        return RouterObserver(self, model)
+        return RouterObserver(self, model, explain_sample)
 
     def ended(self, model: str, outcome: Outcome) -> None:
         """Count how a request ended."""
         self.requests.labels(model, outcome.value).inc()
+
+    def tenant_ended(self, model: str, tenant: str, outcome: Outcome, tokens: int) -> None:
+        """Count how a tenant's request ended, and its tokens. Only of a tenant that is configured."""
+        self.tenant_requests.labels(model, tenant, outcome.value).inc()
+        if tokens:
+            self.tenant_tokens.labels(model, tenant).inc(tokens)
 
     def placed(self, job: Job, use: AdapterUse) -> None:
         """Count a request for an adapter."""
@@ -121,18 +153,29 @@ class Metrics:
 
 
 class RouterObserver:
-    """Counts what one router decides and loads: the core's `Observer`."""
+    """Counts what one router decides and loads, and logs some of it: the core's `Observer`."""
 
-    def __init__(self, metrics: Metrics, model: str) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        model: str,
+        explain_sample: float = 0.0,
+        rng: Random | None = None,
+    ) -> None:
         self._metrics = metrics
         self._model = model
+        self._sample = explain_sample
+        self._rng = rng or Random()  # its own: placement draws as it would without the log
 
-    def decided(self, job: Job, decision: Decision, evicting: AdapterRef | None) -> None:  # noqa: ARG002
-        """Count the placement by its reason."""
+    def decided(self, job: Job, decision: Decision, evicting: AdapterRef | None) -> None:
+        """Count the placement by its reason, and log it if it is drawn."""
         self._metrics.decisions.labels(self._model, decision.reason.value).inc()
+        if self._sample and self._rng.random() < self._sample:
+            explained.info("%s", in_one_line(job, decision, evicting))
 
-    def waits(self, job: Job, decision: Decision) -> None:
-        """Nothing to count: who waits is a gauge."""
+    def waits(self, job: Job, decision: Decision) -> None:  # noqa: ARG002
+        """Count the reason; how many wait is a gauge."""
+        self._metrics.waits.labels(self._model, decision.reason.value).inc()
 
     def load_ended(
         self,

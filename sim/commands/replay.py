@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from router.config import load
+from router.config import ConfigError, load
 from sim.commands import arguments as shared
+from sim.explain import Witness
 from sim.replay import Replay
 from sim.report.pages import replay_page
 from sim.report.progress import counted
@@ -46,22 +47,34 @@ def add(commands: "Commands") -> None:
     shared.add_policy(command)
     command.add_argument("--json", type=Path, metavar="FILE", help="write the result here as JSON")
     command.add_argument("--report", type=Path, metavar="FILE", help="write an HTML page here")
+    command.add_argument(
+        "--explain",
+        type=shared.positive,
+        metavar="REQUEST_ID",
+        help="tell all that happened to one request; its id is its number in order of arrival, from 1",
+    )
     command.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace, errors: Console) -> int:
     """Replay, print, write what was asked for; return the exit status."""
-    result = replay(arguments, errors)
+    witness = Witness(arguments.explain) if arguments.explain is not None else None
+    result = replay(arguments, errors, witness)
     console = Console()
     for table in (summary_table(result), latency_table(result), worker_table(result)):
         print_table(console, table)
+    if witness is not None:
+        for line in witness.lines():
+            console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
     if result["unfinished"]:
         errors.print(f"error: {result['unfinished']} requests never ended", style="red")
         return 1
     return 0
 
 
-def replay(arguments: argparse.Namespace, errors: Console) -> dict[str, Any]:
+def replay(
+    arguments: argparse.Namespace, errors: Console, witness: Witness | None = None
+) -> dict[str, Any]:
     """Run one replay and write its files."""
     config = load(arguments.config)
     read_too = (arguments.trace, arguments.config)
@@ -70,6 +83,11 @@ def replay(arguments: argparse.Namespace, errors: Console) -> dict[str, Any]:
     reading = shared.reading(arguments)
     summary = scan(arguments.trace, limit=arguments.limit, reading=reading)
     shared.tell_skipped(errors, summary.bad)
+    if witness is not None and witness.number > summary.requests:
+        raise ConfigError(
+            f"--explain: there is no request {witness.number:,}; "
+            f"those of {arguments.trace.name} are 1 to {summary.requests:,}"
+        )
     rows = itertools.islice(read(arguments.trace, reading), arguments.limit)
     options = shared.options(
         arguments, arguments.policy or config.router.policy, summary.hash_block_tokens
@@ -85,6 +103,7 @@ def replay(arguments: argparse.Namespace, errors: Console) -> dict[str, Any]:
             models=summary.models,
             progress=lambda ended: progress.update(task, completed=ended),
             sampler=sampler,
+            witness=witness,
         )
         result = simulation.run()
         wall_s = time.perf_counter() - started

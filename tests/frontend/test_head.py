@@ -61,9 +61,14 @@ def test_a_failed_load_has_a_status_by_whose_fault_it_is(
     assert ("Retry-After" in error.response().headers) == (status == 503)
 
 
-def test_no_capacity_is_503_with_a_computed_retry_after() -> None:
-    response = rejected(Rejected(Outcome.QUEUE_FULL, "no capacity", 12.2)).response()
-    assert response.status == 503
+@pytest.mark.parametrize("outcome", [one for one in Outcome if one.is_rejection])
+def test_who_is_turned_away_hears_when_to_come_again(outcome: Outcome) -> None:
+    error = rejected(Rejected(outcome, "why", 12.2))
+    response = error.response()
+    over_quota = outcome is Outcome.OVER_QUOTA
+    assert response.status == (429 if over_quota else 503)
+    assert error.kind == ("rate_limit_error" if over_quota else "server_error")
+    assert (error.code, str(error)) == (outcome.value, "why")
     assert response.headers["Retry-After"] == "13"
 
 

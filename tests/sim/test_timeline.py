@@ -61,6 +61,12 @@ def test_a_tail_of_any_length_is_thinned() -> None:
     loop = SimLoop(Environment())  # type: ignore[abstract]  # as in sim.replay
 
     class Never:
+        def staged(self, adapter: AdapterRef) -> bool:
+            return True
+
+        async def fetch(self, adapter: AdapterRef) -> None:
+            """Nothing to fetch."""
+
         async def load(self, worker: Worker, adapter: AdapterRef, evict: AdapterRef | None) -> int:
             await asyncio.sleep(500_000)
             return 0

@@ -1,0 +1,78 @@
+import pytest
+from multidict import CIMultiDict, CIMultiDictProxy
+
+from router.config import RouterConfig, TenantConfig
+from router.frontend import terms
+from router.frontend.errors import ApiError
+from router.frontend.relay import forwarded_headers
+from router.frontend.terms import Terms, TermsReader
+
+CONFIG = RouterConfig(
+    ttft_deadline_s=9.0,
+    tenants=(TenantConfig("gold", weight=2.0, priority=-2), TenantConfig("plain")),
+)
+GOOD: list[tuple[dict[str, str], Terms]] = [
+    ({}, Terms("", 0, 9.0)),
+    ({"user-agent": "x"}, Terms("", 0, 9.0)),
+    ({"x-tenant": "gold"}, Terms("gold", -2, 9.0)),
+    ({"X-Tenant": "plain"}, Terms("plain", 0, 9.0)),
+    ({"x-tenant": "Gold"}, Terms("", 0, 9.0)),
+    ({"x-tenant": "made-up"}, Terms("", 0, 9.0)),
+    ({"x-tenant": ""}, Terms("", 0, 9.0)),
+    ({"x-tenant": "gold", "x-priority": "3"}, Terms("gold", 3, 9.0)),
+    ({"x-priority": "-3"}, Terms("", -3, 9.0)),
+    ({"x-priority": "+1"}, Terms("", 1, 9.0)),
+    ({"x-ttft-deadline-ms": "1500"}, Terms("", 0, 1.5)),
+    ({"x-ttft-deadline-ms": "0.5"}, Terms("", 0, 0.0005)),
+    ({"x-ttft-deadline-ms": "86400000"}, Terms("", 0, 86400.0)),
+    ({"x-adapter-cold": "reject"}, Terms("", 0, 9.0, refuse_cold=True)),
+    ({"x-adapter-cold": "allow"}, Terms("", 0, 9.0)),
+]
+PRIORITY = "send a whole number from -3 (most urgent) to 3."
+DEADLINE = "send milliseconds, above 0 and at most 86400000 (a day)."
+COLD = "send `reject` or `allow`."
+BAD = [
+    ("x-priority", "4", PRIORITY),
+    ("x-priority", "-4", PRIORITY),
+    ("x-priority", "1.0", PRIORITY),
+    ("x-priority", "high", PRIORITY),
+    ("x-priority", "", PRIORITY),
+    ("x-priority", "9" * 5000, PRIORITY),
+    ("x-priority", "\u0663", PRIORITY),
+    ("x-ttft-deadline-ms", "0", DEADLINE),
+    ("x-ttft-deadline-ms", "-1", DEADLINE),
+    ("x-ttft-deadline-ms", "86400001", DEADLINE),
+    ("x-ttft-deadline-ms", "inf", DEADLINE),
+    ("x-ttft-deadline-ms", "nan", DEADLINE),
+    ("x-ttft-deadline-ms", "2s", DEADLINE),
+    ("x-ttft-deadline-ms", "", DEADLINE),
+    ("x-adapter-cold", "Reject", COLD),
+    ("x-adapter-cold", "", COLD),
+]
+
+
+@pytest.mark.parametrize(("headers", "wanted"), GOOD, ids=[str(given) for given, _ in GOOD])
+def test_headers_become_terms(headers: dict[str, str], wanted: Terms) -> None:
+    assert TermsReader(CONFIG).read(CIMultiDict(headers)) == wanted
+
+
+@pytest.mark.parametrize(("header", "value", "message"), BAD)
+def test_what_cannot_be_read_says_what_to_send(header: str, value: str, message: str) -> None:
+    with pytest.raises(ApiError) as error:
+        TermsReader(CONFIG).read(CIMultiDict({header: value}))
+    assert (error.value.status, error.value.param, error.value.code) == (
+        400, header, "invalid_value",
+    )  # fmt: skip
+    assert str(error.value).startswith(f"The header `{header}` is `{value[:40]}")
+    assert str(error.value).endswith(message)
+    assert len(str(error.value)) < 200
+
+
+def test_without_tenants_and_deadline_there_are_none() -> None:
+    assert TermsReader(RouterConfig()).read(CIMultiDict({"x-tenant": "gold"})) == Terms()
+
+
+def test_the_routers_own_headers_reach_no_worker() -> None:
+    given = CIMultiDict(dict.fromkeys(map(str.title, terms.HEADERS), "1") | {"X-Other": "kept"})
+    forwarded = forwarded_headers(CIMultiDictProxy(given), "id", "")
+    assert dict(forwarded) == {"X-Other": "kept", "X-Request-Id": "id"}
