@@ -13,7 +13,7 @@ from router.adapters.cache import AdapterCache, default_cache_dir
 from router.adapters.catalog import AdapterCatalog
 from router.adapters.open import open_store
 from router.adapters.validate import adapter_rules
-from router.config import LLMConfig, RouterConfig
+from router.config import ConfigError, LLMConfig, RouterConfig
 from router.core.fleet import Fleet
 from router.core.job import AdapterRef
 from router.core.policies import POLICIES
@@ -22,7 +22,7 @@ from router.core.timing import EngineTimes
 from router.telemetry.metrics import Metrics
 from router.workers.devices import NOTHING, Machine
 from router.workers.pool import WorkerPool
-from sim.latency import DEFAULT, LatencyModel, engine_times, read_calibration
+from sim.latency import DEFAULT, CalibrationError, LatencyModel, engine_times, read_calibration
 
 log = logging.getLogger("lorayard")
 RANK_DEFAULT: Final = 16  # vLLM's
@@ -30,9 +30,12 @@ RANK_DEFAULT: Final = 16  # vLLM's
 
 def _expected_times(llm: LLMConfig) -> EngineTimes:
     """What to expect of the engine until it was observed: the calibration's word, or the default's."""
-    calibration = read_calibration(llm.calibration or DEFAULT)
     rank = int(llm.engine_kwargs.get("max_lora_rank", RANK_DEFAULT))
-    model = LatencyModel(calibration, slots=llm.slots, rank_max=rank)
+    try:
+        calibration = read_calibration(llm.calibration or DEFAULT)
+        model = LatencyModel(calibration, slots=0, rank_max=rank)
+    except CalibrationError as error:
+        raise ConfigError(f"{llm.model_id}: {error}") from None
     return msgspec.structs.replace(engine_times(model, rank), kv_tokens=0)
 
 

@@ -23,7 +23,8 @@ DROPS: Final[dict[Drop, str]] = {
     Drop.OVERLOADED: "overloaded",
     Drop.NOT_ACCEPTING: "accepts no requests",
     Drop.AVOIDED: "has failed this request before",
-    Drop.SATURATED: "has prompts enough ahead, or no memory for its context",
+    Drop.SATURATED: "has prompts enough ahead",
+    Drop.NO_MEMORY: "has no memory for its context now",
     Drop.NO_SLOT: "every adapter slot is in use or loading",
 }
 TERMS: Final = ("wait", "load", "prefill", "decode", "others", "harm", "stay")

@@ -145,13 +145,13 @@ class Fleet:
         held = self._holders.get(adapter)
         return tuple(held.values()) if held else ()
 
-    def resident(self, adapter: AdapterRef) -> bool:
-        """Whether a worker has the adapter now, so that nobody need wait for a load."""
-        held = self._holders.get(adapter)
-        if held is None:
-            return False
-        slots = (worker.slots.get(adapter) for worker in held.values())
-        return any(slot is not None and slot.phase is RESIDENT for slot in slots)
+    def resident(self, adapter: AdapterRef) -> Sequence[Worker]:
+        """The holders that have the adapter now: there, nobody need wait for a load."""
+        return [
+            worker
+            for worker in self.holders(adapter)
+            if (slot := worker.slots.get(adapter)) is not None and slot.phase is RESIDENT
+        ]
 
     def in_host_memory(self, adapter: AdapterRef) -> Sequence[Worker]:
         """Workers that said that they have the adapter in host memory and in no slot."""

@@ -52,21 +52,25 @@ class Quotas:
             for tenant, quota in quotas.items()
         }
 
-    def reserve(self, tenant: str, tokens: float, now: float) -> float:
-        """Take one request and its tokens. 0.0 if they were had, else after how long they can be."""
+    def reserve(self, tenant: str, tokens: float, now: float, *, again: bool = False) -> float:
+        """Take one request and its tokens. 0.0 if they were had, else after how long they can be.
+
+        `again` is for one that was counted and has failed on a worker: its tokens are reserved anew.
+        """
         buckets = self._buckets.get(tenant)
         if buckets is None:
             return 0.0
         requests, budget = buckets
         wait_s = 0.0
-        for bucket, amount in ((requests, 1.0), (budget, tokens)):
+        one = 0.0 if again else 1.0
+        for bucket, amount in ((requests, one), (budget, tokens)):
             if bucket is not None:
                 bucket.refill(now)
                 wait_s = max(wait_s, bucket.wait_s(amount))
         if wait_s > 0.0:
             return wait_s
         if requests is not None:
-            requests.left -= 1.0
+            requests.left -= one
         if budget is not None:
             budget.left -= tokens
         return 0.0

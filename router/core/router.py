@@ -20,7 +20,7 @@ from router.core.admission import AdmissionQueue, Waiter
 from router.core.drain import DrainRate
 from router.core.fleet import Fleet, Report, Worker
 from router.core.job import AdapterRef, AdapterUse, Job, LoadError, LoadFault, Outcome, Rejected
-from router.core.placement import Decision, Policy, Reason
+from router.core.placement import Decision, Policy, Reason, nobody
 from router.core.ports import Loader, NoObserver, Observer
 from router.core.quotas import Quota, Quotas
 from router.core.replicas import Replicas
@@ -337,7 +337,7 @@ class Router:
         if job.refuse_cold and adapter is not None and not fleet.resident(adapter):
             self._refuse_cold(adapter)
         tokens = job.prompt_tokens + fleet.learned.expected_output(job.max_output_tokens)
-        if wait_s := self._quotas.reserve(job.tenant, tokens, now):
+        if wait_s := self._quotas.reserve(job.tenant, tokens, now, again=bool(job.avoid)):
             raise Rejected(
                 Outcome.OVER_QUOTA,
                 f"tenant `{job.tenant}` is over its quota; there is room again in {wait_s:.3g} s",
@@ -358,6 +358,23 @@ class Router:
             f"about {load_s:.3g} s",
             load_s,
         )
+
+    def _without_load(self, job: Job, adapter: AdapterRef, decision: Decision) -> Decision:
+        """The decision for a job that refuses to wait for a load: a worker that has its adapter.
+
+        It waits for one of those, where all are overloaded. Raises `Rejected` where there is none.
+        """
+        resident = self.fleet.resident(adapter)
+        if not resident:
+            self._refuse_cold(adapter)
+        if decision.worker is None or decision.worker in resident:
+            return decision
+        able = [worker for worker in resident if worker.ready_index >= 0]
+        able = [worker for worker in able if worker.id not in job.avoid] or able
+        if not able:
+            return Decision(None, Reason.ALL_OVERLOADED, decision.dropped, decision.considered)
+        worker = min(able, key=lambda worker: worker.in_flight)
+        return Decision(worker, Reason.HOLDER, decision.dropped, decision.considered)
 
     # Fetching: the adapter comes to this host before a worker is chosen, and holds up none.
 
@@ -432,8 +449,11 @@ class Router:
             return self._try_grant(job)
         if self._again is not None and self._again.when() <= self.loop.time():
             self._serve_open()  # those who wait for this moment go first
+        if not self.fleet.ready:
+            self._observer.waits(job, Decision(None, nobody(self.fleet, job.adapter)))
+            return None
         # Who waits now could not be placed a moment ago, so it is passed by, not pushed aside.
-        if not self.fleet.ready or (grant := self._try_grant(job)) is None:
+        if (grant := self._try_grant(job)) is None:
             return None
         if queue:
             queue.charge(job, queue.tag_of(job, self._tokens(job)))
@@ -624,16 +644,14 @@ class Router:
         now = self.loop.time()
         fleet, adapter = self.fleet, job.adapter
         decision = self._policy.place(job, fleet, now)
+        if job.refuse_cold and adapter is not None:
+            decision = self._without_load(job, adapter, decision)
         worker = decision.worker
         if worker is None:
             self._observer.waits(job, decision)
             if decision.again_at is not None:
                 self._ask_again(decision.again_at)
             return None
-        if job.refuse_cold and adapter is not None:
-            held = worker.slots.get(adapter)
-            if held is None or held.phase is not RESIDENT:
-                self._refuse_cold(adapter)
         first_token_s = decision.first_token_s
         if job.deadline is not None and first_token_s is not None:
             late_s = now + first_token_s - job.deadline

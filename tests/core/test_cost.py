@@ -1,6 +1,7 @@
 """Policy `cost`: each term moves the decision, and hysteresis keeps it."""
 
 from random import Random
+from typing import Any
 
 import pytest
 from fleets import W, fleet_of
@@ -12,9 +13,9 @@ from router.core.placement import Decision, Drop, Reason
 from router.core.policies.cost import AHEAD_S, ALL_UP_TO, Cost
 
 
-def place(fleet: Fleet, adapter: str | None = "a", now: float = 0.0, **fields: object) -> Decision:
+def place(fleet: Fleet, adapter: str | None = "a", now: float = 0.0, **fields: Any) -> Decision:  # noqa: ANN401
     fields.setdefault("prompt_tokens", 500)
-    job = Job("1", ref(adapter) if adapter else None, **fields)  # type: ignore[arg-type]
+    job = Job("1", ref(adapter) if adapter else None, **fields)
     return Cost(Random(0)).place(job, fleet, now)
 
 
@@ -87,7 +88,7 @@ def test_who_is_asked_for_often_is_not_evicted() -> None:
 def test_a_cached_prompt_draws() -> None:
     fleet = fleet_of(W(1), W(0))
     prefix = tuple(Prefix(number, number * 4096) for number in (1, 2, 4))
-    job = {"prompt_tokens": 16_500, "prefix": prefix}
+    job: dict[str, Any] = {"prompt_tokens": 16_500, "prefix": prefix}
     assert chosen(place(fleet, None, **job)) == "w1"
     fleet.prefixes.sent(None, prefix, "w0")
     assert chosen(place(fleet, None, **job)) == "w0"

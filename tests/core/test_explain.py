@@ -41,7 +41,7 @@ def test_the_cheapest_stands_first_and_the_chosen_is_marked() -> None:
         "  ms      wait      load   prefill    decode    others      harm      stay     total",
         "> w1       1.0       0.0      20.0     300.0       4.0       0.0       0.0     325.0",
         "  w0       1.0     500.0      20.0     300.0       4.0       0.0       0.0     825.0",
-        "left out: w2: has prompts enough ahead, or no memory for its context (saturated)",
+        "left out: w2: has prompts enough ahead (saturated)",
     ]
 
 
