@@ -44,15 +44,29 @@ class Contender(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     policy: str
     router: dict[str, Any] = {}
+    lora: dict[str, Any] = {}
     ours: bool = False
 
 
-OURS: Final = "cost" if "cost" in POLICIES else "affinity"
-# Variants beside every policy as it is. Those of ours say `ours=True`.
-VARIANTS: Final[tuple[Contender, ...]] = ()
+# The time to the first token that is good enough is also the latest that is of use.
+DEADLINE: Final = {"ttft_deadline_s": 2.0}
+OURS: Final = "cost+deadline"
+# Beside every policy as it is. No variant is a peer: no other router has these deadlines.
+VARIANTS: Final = (
+    Contender(name=OURS, policy="cost", router=DEADLINE, ours=True),
+    Contender(
+        name="cost+deadline+gdsf",
+        policy="cost",
+        router=DEADLINE,
+        lora={"eviction": "gdsf"},
+        ours=True,
+    ),
+    Contender(name="affinity+deadline", policy="affinity", router=DEADLINE, ours=True),
+    Contender(name="least_loaded+deadline", policy="least_loaded", router=DEADLINE, ours=True),
+)
 CONTENDERS: Final = (
-    *(Contender(name=name, policy=name, ours=name == OURS) for name in POLICIES),
-    *(variant for variant in VARIANTS if variant.policy in POLICIES),
+    *(Contender(name=name, policy=name, ours=name == "cost") for name in POLICIES),
+    *VARIANTS,
 )
 
 
@@ -89,6 +103,7 @@ def configured(setting: Setting, contender: Contender, **router: Any) -> Config:
         "lora_config": {
             "dynamic_lora_loading_path": "s3://example/adapters",
             "max_num_adapters_per_replica": slots,
+            **contender.lora,
         },
         "engine_kwargs": {"max_loras": slots, "max_lora_rank": 16, "max_cpu_loras": slots * 4},
         "deployment_config": {
