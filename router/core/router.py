@@ -35,6 +35,8 @@ JOINED: Final = AdapterUse.LOADING
 COLD: Final = AdapterUse.COLD
 # How many of those who wait too long for a slot are looked at in one go.
 CLAIMS_AT_ONCE: Final = 16
+# How many that would rather wait are passed over when a worker has room.
+REFUSALS_MAX: Final = 8
 
 
 class Grant:
@@ -538,8 +540,10 @@ class Router:
             except Rejected as rejection:
                 self._refuse(waiter, rejection)
                 continue
-            if grant is None:  # the policy would rather wait
+            if grant is None:  # the policy would rather wait for another worker
                 refused[waiter.seq] = None
+                if len(refused) == REFUSALS_MAX:
+                    return
                 continue
             queue.serve(waiter, grant)
             self._drain_rate.served(now)
