@@ -124,11 +124,11 @@ def main() -> None:
                 )
         for workers in arguments.turn_workers:
             costs += asyncio.run(hard(policy, workers, arguments.rounds, arguments.decisions))
-            costs += [
-                asyncio.run(no_memory(policy, workers, waiting, arguments.rounds))
-                for waiting in arguments.waiting
-                if waiting
-            ]
+        costs += [
+            asyncio.run(no_memory(policy, min(arguments.turn_workers), waiting, arguments.rounds))
+            for waiting in arguments.waiting
+            if waiting
+        ]
     console = Console(width=110)
     for table in tables(costs):
         console.print(table)
@@ -335,7 +335,8 @@ async def no_memory(policy: str, workers: int, waiting: int, rounds: int) -> Cos
     """One leaves, and what it held in the engine's memory is not enough for any of those who wait."""
     each = PROMPT_TOKENS + 200
     fleet, router, _ = scene(policy, workers, TURN_ADAPTERS, 0, kv_tokens=each * IN_FLIGHT)
-    full = policy == "cost"  # the others know nothing of memory: for them the fleet is full by count
+    # The others know nothing of memory: for them the fleet is full by count.
+    full = policy == "cost"
     ones = list(fleet)
     held = [slot.adapter for worker in ones for slot in worker.slots]
     if not full:
@@ -436,8 +437,9 @@ def tables(costs: Sequence[Cost]) -> Iterator[Table]:
     turning: dict[tuple[str, str, int], dict[int, float]] = {}
     for one in costs:
         if one.operation not in ("place", "lease"):
-            row = turning.setdefault((one.operation, one.policy, one.workers), {})
-            row[one.waiting] = one.us["median"]
+            turning.setdefault((one.operation, one.policy, one.workers), {})[one.waiting] = one.us[
+                "median"
+            ]
     for (operation, policy, workers), by_waiting in turning.items():
         found = list(by_waiting.values())
         table.add_row(

@@ -5,11 +5,12 @@ Two questions, on the fleet of benchmarks.policies (`--help` there) and with its
   goodput   requests a second that are good under the SLO, at loads up to 3 times capacity: how much of
             the peak is left at the highest load? Policy `cost` with deadlines (the SLO's time to first
             token), without, and `affinity` without;
-  tenants   two of equal weight, each with adapters of its own. One is polite and always offers 0.3 of
-            capacity; the other offers 0.3 (`base`), then 3.0 (`flood`). What does the polite one see?
-            `busy`, where the other offers 0.65, is a fleet that is full and not overloaded: what is
-            worse in a flood than there is the router's doing, what is worse there than in `base` is the
-            batch's, whose steps take longer the more requests are in it.
+  tenants   two of equal weight, each with half of the adapters, all of which fit into the slots (0.5
+            adapters to a slot) or do not (2). One is polite and always offers 0.3 of capacity; the
+            other offers 0.3 (`base`), then 3.0 (`flood`). What does the polite one see? `busy`, where
+            the other offers 0.65, is a fleet that is full and not overloaded: what is worse in a flood
+            than there is the router's doing, what is worse there than in `base` is the batch's, whose
+            steps take longer the more requests are in it.
 
 Requests that come in the first seconds (`--warm-up`) are offered and not counted: the fleet is empty
 then. A percentile is over all requests of a tenant, and one that was turned away is infinite.
@@ -39,7 +40,8 @@ from sim.report.summary import Slo
 from sim.traces import TraceRow
 
 LOADS: Final = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
-RATIO: Final = 2.0
+RATIO: Final = 2.0  # of adapters to all slots
+TENANT_RATIOS: Final = (0.5, 2.0)
 LOCALITY: Final = 0.8
 POLITE: Final = "polite"
 OTHER: Final = "other"
@@ -49,7 +51,6 @@ OTHER_SEED: Final = 1_000_000  # beyond those of the polite tenant
 WARM_UP_S: Final = 10.0
 GOODPUT_GOAL: Final = 0.95
 TAIL_GOAL: Final = 1.10
-TENANTS_SHARE: Final = RATIO / 2  # adapters of each, over slots
 
 
 class Way(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,11 +93,12 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
-    """One replay: by tenant, the share of capacity that it offers."""
+    """One replay: by tenant, the share of capacity that it offers. Adapters are `ratio` x slots."""
 
     setting: Setting
     way: Way
     loads: dict[str, float]
+    ratio: float
     seed: int
     capacity_rps: float
     warm_up_s: float
@@ -110,7 +112,7 @@ def main() -> None:
     top.set_defaults(rounds=5)
     top.add_argument("--first-seed", type=int, default=REPORTED_SEEDS, metavar="N")
     top.add_argument("--loads", type=shares, default=LOADS, metavar="A,B")
-    top.add_argument("--duration", type=float, default=120.0, metavar="S")
+    top.add_argument("--duration", type=float, default=60.0, metavar="S")
     top.add_argument("--warm-up", type=float, default=WARM_UP_S, metavar="S")
     top.add_argument("--workers", type=int, default=plain.workers)
     top.add_argument("--slots", type=int, default=plain.slots)
@@ -131,24 +133,26 @@ def main() -> None:
     capacity = capacity_rps(Source.STEADY, setting)
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.rounds)
 
-    def task(way: Way, loads: dict[str, float], seed: int) -> Task:
+    def task(way: Way, loads: dict[str, float], ratio: float, seed: int) -> Task:
         return Task(
             setting=setting,
             way=way,
             loads=loads,
+            ratio=ratio,
             seed=seed,
             capacity_rps=capacity,
             warm_up_s=arguments.warm_up,
         )
 
     curve = [
-        task(way, {OTHER: load}, seed)
+        task(way, {OTHER: load}, RATIO, seed)
         for way in GOODPUT_WAYS
         for load in arguments.loads
         for seed in seeds
     ]
     shared = [
-        task(way, {POLITE: POLITE_LOAD, OTHER: load}, seed)
+        task(way, {POLITE: POLITE_LOAD, OTHER: load}, ratio, seed)
+        for ratio in TENANT_RATIOS
         for way in TENANT_WAYS
         for load in OTHER_LOADS.values()
         for seed in seeds
@@ -156,7 +160,7 @@ def main() -> None:
     found = run([*curve, *shared], arguments.jobs)
     goodputs = goodput_points(curve, found[: len(curve)])
     tenants = tenant_points(shared, found[len(curve) :])
-    console = Console(width=120)
+    console = Console(width=150)
     console.print(goodput_table(goodputs, capacity))
     console.print(tenant_table(tenants))
     report(
@@ -167,9 +171,13 @@ def main() -> None:
         {
             "capacity_rps": round(capacity, 4),
             "setting": {
-                **msgspec.to_builtins(
-                    msgspec.structs.replace(setting, azure=None, mooncake=None)  # type: ignore[arg-type]
-                ),
+                "workers": setting.workers,
+                "slots": setting.slots,
+                "max_ongoing_requests": setting.max_ongoing_requests,
+                "calibration": setting.calibration,
+                "duration_s": setting.duration_s,
+                "warm_up_s": arguments.warm_up,
+                "slo": msgspec.to_builtins(setting.slo),
                 "azure": setting.azure.name,
             },
             "seeds": list(seeds),
@@ -187,7 +195,7 @@ def requests(task: Task) -> list[TraceRow]:
     rows: list[TraceRow] = []
     for tenant, load in task.loads.items():
         polite = tenant == POLITE
-        ratio = TENANTS_SHARE if len(task.loads) > 1 else RATIO
+        ratio = task.ratio / len(task.loads)
         cell = Cell(source=Source.STEADY, load=load, ratio=ratio, locality=LOCALITY)
         seed = task.seed if polite else OTHER_SEED + task.seed
         for row in offered(cell, seed, task.setting, task.capacity_rps).rows:
@@ -220,9 +228,7 @@ def seen(task: Task) -> dict[str, Seen]:
         row = rows[one.number - 1]
         if row.timestamp - rows[0].timestamp >= task.warm_up_s * 1000:
             by_tenant[row.tenant].append((row, one))
-    return {
-        tenant: figures(ended, span_s, task.setting.slo) for tenant, ended in by_tenant.items()
-    }
+    return {tenant: figures(ended, span_s, task.setting.slo) for tenant, ended in by_tenant.items()}
 
 
 def figures(ended: Sequence[tuple[TraceRow, Ended]], span_s: float, slo: Slo) -> Seen:
@@ -282,7 +288,7 @@ def goodput_points(
             "ttft_p99_s": mean([one[OTHER].ttft_p99_s for one in ones]),
             "itl_p50_s": mean([one[OTHER].itl_p50_s for one in ones]),
         }
-        for (way, load), ones in grouped(tasks, found).items()
+        for (_, way, load), ones in grouped(tasks, found).items()
     ]
 
 
@@ -293,29 +299,23 @@ def tenant_points(
     groups = grouped(tasks, found)
     named = {load: name for name, load in OTHER_LOADS.items()}
     points = []
-    for (way, load), ones in groups.items():
+    for (adapters, way, load), ones in groups.items():
         polite = [one[POLITE] for one in ones]
 
-        def ratio(to: str, way: str = way, polite: Sequence[Seen] = tuple(polite)) -> Any:  # noqa: ANN401
-            others = groups[way, OTHER_LOADS[to]]
-            return mean(
-                [
-                    one.ttft_p99_s / other[POLITE].ttft_p99_s
-                    if one.ttft_p99_s is not None and other[POLITE].ttft_p99_s
-                    else None
-                    for one, other in zip(polite, others, strict=True)
-                ]
-            )
-
+        base, busy = (
+            [one[POLITE] for one in groups[adapters, way, OTHER_LOADS[name]]]
+            for name in ("base", "busy")
+        )
         points.append(
             {
+                "ratio": adapters,
                 "way": way,
                 "other": named[load],
                 "ttft_p50_s": mean([one.ttft_p50_s for one in polite]),
                 "ttft_p99_s": mean([one.ttft_p99_s for one in polite]),
                 "itl_p50_s": mean([one.itl_p50_s for one in polite]),
-                "p99_to_base": ratio("base"),
-                "p99_to_busy": ratio("busy"),
+                "p99_to_base": mean(ratios(polite, base)),
+                "p99_to_busy": mean(ratios(polite, busy)),
                 "goodput_rps": mean([one.goodput_rps for one in polite]),
                 "offered": mean([float(one.requests) for one in polite]),
                 "rejected": mean([one.rejected for one in polite]),
@@ -325,13 +325,23 @@ def tenant_points(
     return points
 
 
+def ratios(ones: Sequence[Seen], bases: Sequence[Seen]) -> list[float | None]:
+    """Of the p99, seed by seed; None where either is infinite."""
+    return [
+        one.ttft_p99_s / base.ttft_p99_s
+        if one.ttft_p99_s is not None and base.ttft_p99_s is not None
+        else None
+        for one, base in zip(ones, bases, strict=True)
+    ]
+
+
 def grouped(
     tasks: Sequence[Task], found: Sequence[Mapping[str, Seen]]
-) -> dict[tuple[str, float], list[Mapping[str, Seen]]]:
-    """By way and the other tenant's load, in the order of the seeds."""
-    groups: dict[tuple[str, float], list[Mapping[str, Seen]]] = {}
+) -> dict[tuple[float, str, float], list[Mapping[str, Seen]]]:
+    """By adapters, way and the other tenant's load, in the order of the seeds."""
+    groups: dict[tuple[float, str, float], list[Mapping[str, Seen]]] = {}
     for task, one in zip(tasks, found, strict=True):
-        groups.setdefault((task.way.name, task.loads[OTHER]), []).append(one)
+        groups.setdefault((task.ratio, task.way.name, task.loads[OTHER]), []).append(one)
     return groups
 
 
@@ -363,13 +373,13 @@ def goodput_table(points: Sequence[Mapping[str, Any]], capacity: float) -> Table
 def tenant_table(points: Sequence[Mapping[str, Any]]) -> Table:
     """A row for each way and load of the other tenant."""
     table = Table(title=f"What a tenant that offers {POLITE_LOAD:g} of capacity sees of the other")
-    for name in ("way", "other"):
+    for name in ("adapters/slots, way", "other"):
         table.add_column(name)
     for name in ("TTFT p50", "p99", "to base", "token", "goodput", "turned away", "other's"):
         table.add_column(name, justify="right")
     for one in points:
         table.add_row(
-            one["way"],
+            f"{one['ratio']:g}, {one['way']}",
             one["other"],
             told(one["ttft_p50_s"], 1000, "ms"),
             told(one["ttft_p99_s"], 1000, "ms"),
@@ -411,11 +421,12 @@ def goals(
     for point in tenants:
         if point["other"] == "flood":
             found = point["p99_to_base"]["mean"]
+            base, busy = (told(point[f"p99_to_{name}"], digits=2) for name in ("base", "busy"))
             yield (
                 "polite p99 in a flood",
-                point["way"],
+                f"{point['ratio']:g}, {point['way']}",
                 f"<= {TAIL_GOAL:g} x base",
-                f"{told(point['p99_to_base'], 1, '', 2)}; {told(point['p99_to_busy'], 1, '', 2)} x busy",
+                f"{base} x base, {busy} x busy",
                 "met" if found is not None and found <= TAIL_GOAL else "missed",
             )
 

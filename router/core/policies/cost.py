@@ -141,8 +141,8 @@ class _Weighing:
         "now",
         "output",
         "per_token_s",
-        "stay_s",
         "reload_s",
+        "stay_s",
         "victim_stay_s",
     )
 
@@ -218,9 +218,7 @@ class _Weighing:
         if running:
             slower_s = step_s - pace * times.step_s(running, before, context)
             others_s = running * (stall_s + prefill_s + output * slower_s) * OTHERS_WEIGHT
-        wait_s = worker.busy_until - now
-        if wait_s < 0.0:
-            wait_s = 0.0
+        wait_s = max(0.0, worker.busy_until - now)
         prefill_s += step_s
         decode_s = output * step_s
         # No term is negative, so what the sum of the others says, harm can only say more clearly.
