@@ -113,6 +113,8 @@ bench: $(VENV)/.test  ## measure the router's cost and the simulator's speed on 
 	$(PY) -m benchmarks.router_overhead
 	$(PY) -m benchmarks.recorder_overhead
 	$(PY) -m benchmarks.simulator_speed
+	$(PY) -m benchmarks.decisions
+	$(PY) -m benchmarks.overload
 
 validate: $(VENV)/.test install-engine  ## compare the simulator with two real vLLM workers of this machine (half an hour)
 	$(PY) -m engine_worker.demo build $(MODEL)

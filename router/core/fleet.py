@@ -145,6 +145,11 @@ class Fleet:
         held = self._holders.get(adapter)
         return tuple(held.values()) if held else ()
 
+    def holder_count(self, adapter: AdapterRef) -> int:
+        """How many those are."""
+        held = self._holders.get(adapter)
+        return len(held) if held else 0
+
     def resident(self, adapter: AdapterRef) -> Sequence[Worker]:
         """The holders that have the adapter now: there, nobody need wait for a load."""
         return [

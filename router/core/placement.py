@@ -45,7 +45,8 @@ class Considered(msgspec.Struct, frozen=True, gc=False):
     `wait_s` until work that is there already lets it begin, `load_s` until its adapter is resident,
     `prefill_s` for its prompt (less what is cached), `decode_s` for its answer in that batch,
     `others_s` what those who run there lose by it, `harm_s` what the next user of the evicted adapter
-    loses, `stay_s` what speaks for staying where the adapter is.
+    loses (0 where the other terms had decided already), `stay_s` what speaks for staying where the
+    adapter is.
     """
 
     worker: str

@@ -29,7 +29,7 @@ from random import Random
 from typing import Final
 
 from router.core.fleet import Fleet, Worker
-from router.core.job import Job
+from router.core.job import AdapterRef, Job
 from router.core.placement import Considered, Decision, Drop, Policy, Reason, nobody
 from router.core.residency import LOADING, Slot
 from router.core.timing import Tier
@@ -39,15 +39,13 @@ HOLDERS_MAX: Final = 6
 DRAWN: Final = 4
 AHEAD_S: Final = 0.5
 KV_SHARE: Final = 0.95
-AGAIN_S: Final = (
-    0.002  # who is full for want of memory is asked again then, or when a job ends there
-)
 OTHERS_WEIGHT: Final = 0.25
 HARM_WEIGHT: Final = 4.0
 STAY_S: Final = 0.1
 SPREAD_S: Final = 0.5
 HOST: Final = Tier.HOST
 DISK: Final = Tier.DISK
+STORE: Final = Tier.STORE
 SATURATED: Final = Drop.SATURATED
 NO_MEMORY: Final = Drop.NO_MEMORY
 NOTHING: Final[Mapping[str, int]] = {}
@@ -76,12 +74,13 @@ class Cost(Policy):
         considered: list[Considered] = []
         best: Worker | None = None
         best_s = full_s = again_at = inf
+        full = False
         least: Considered | None = None
         spare: Worker | None = None
         for worker in self._candidates(job, fleet, holders):
             drop = weighing.drop(worker)
             if drop is None:
-                cost = weighing.cost(worker)
+                cost = weighing.cost(worker, best_s)
                 considered.append(cost)
                 total_s = cost.total_s
                 if total_s < best_s:
@@ -90,18 +89,20 @@ class Cost(Policy):
             dropped.append((worker.id, drop))
             if drop is Drop.AVOIDED:
                 spare = spare or worker
-            if drop is NO_MEMORY:
-                again_at = min(again_at, now + AGAIN_S)
-            if drop is SATURATED:
+            elif drop is NO_MEMORY:
+                full = True  # until a job ends there, and then those who wait are served
+            elif drop is SATURATED:
                 # It may still be the best place to go to, a little later.
-                cost = weighing.cost(worker)
+                full = True
+                cost = weighing.cost(worker, full_s)
                 considered.append(cost)
                 full_s = min(full_s, cost.total_s)
                 again_at = min(again_at, worker.busy_until - AHEAD_S)
         left_out, looked_at = tuple(dropped), tuple(considered)
         chosen = best or spare
-        if full_s < best_s or (chosen is None and again_at < inf):
-            return Decision(None, Reason.SATURATED, left_out, looked_at, again_at)
+        if full_s < best_s or (chosen is None and full):
+            at = again_at if again_at < inf else None
+            return Decision(None, Reason.SATURATED, left_out, looked_at, at)
         if chosen is None:
             return Decision(None, nobody(fleet, adapter), left_out)
         first_s = None if least is None else least.first_token_s
@@ -131,17 +132,24 @@ class Cost(Policy):
 
 
 class _Weighing:
-    """What one job would cost on one worker after another."""
+    """What one job would cost on one worker after another.
+
+    What is the same for all workers is looked up once, and methods of one line are written out: this
+    is most of what a decision costs (benchmarks/decisions.py).
+    """
 
     __slots__ = (
         "adapter",
         "cached",
         "fleet",
         "job",
+        "load_s",
         "now",
         "output",
         "per_token_s",
+        "reload_s",
         "stay_s",
+        "victim_stay_s",
     )
 
     def __init__(self, job: Job, fleet: Fleet, holders: int, now: float) -> None:
@@ -156,76 +164,95 @@ class _Weighing:
         self.stay_s = STAY_S
         if adapter is not None and holders >= fleet.targets.get(adapter, 1):
             self.stay_s += SPREAD_S
+        # A Tier's hash is a call into Python (3.11): two a decision, not two a worker.
+        self.reload_s = self.load_s = fleet.learned.load_s(DISK)
+        if adapter is not None and not fleet.staged(adapter):
+            self.load_s = fleet.learned.load_s(STORE)
+        self.victim_stay_s: float | None = None  # until somebody's victim needs it
 
     def drop(self, worker: Worker) -> Drop | None:
         """Why the worker is left out, if it is."""
-        job = self.job
+        job, adapter = self.job, self.adapter
         if worker.ready_index < 0:
             return Drop.OVERLOADED if worker.accepting else Drop.NOT_ACCEPTING
-        if self.adapter is not None and not worker.slots.can_serve(self.adapter):
+        if adapter is not None and not worker.slots.can_serve(adapter):
             return Drop.NO_SLOT
         if worker.busy_until - AHEAD_S > self.now:
             return SATURATED
         if worker.kv_tokens and worker.in_flight:
-            need = job.prompt_tokens - self.cached.get(worker.id, 0) + self.output
+            need: float = job.prompt_tokens + self.output
+            if self.cached:
+                need = job.prompt_tokens - self.cached.get(worker.id, 0) + self.output
             if worker.context_tokens + need > KV_SHARE * worker.kv_tokens:
                 return NO_MEMORY
         if job.avoid and worker.id in job.avoid:
             return Drop.AVOIDED
         return None
 
-    def cost(self, worker: Worker) -> Considered:
-        """The terms."""
-        fleet, times, slots = self.fleet, self.fleet.learned.times, worker.slots
+    def cost(self, worker: Worker, bound_s: float) -> Considered:
+        """The terms; without the harm where the others alone make it cost `bound_s`, or more."""
+        fleet, now, output = self.fleet, self.now, self.output
+        times, slots = fleet.learned.times, worker.slots
         running, before = worker.in_flight, slots.in_use
         distinct = before
         load_s = stall_s = harm_s = stay_s = 0.0
+        victim: Slot | None = None
         adapter = self.adapter
         if adapter is not None:
             slot = slots.get(adapter)
             if slot is None:
-                tier = fleet.tier(worker, adapter)
-                load_s = fleet.learned.load_s(tier)
-                stall_s = times.load_host_s if tier is HOST else times.load_disk_s
-                harm_s = self._harm_s(slots.victim(), running * stall_s)
+                if worker.host and adapter in worker.host:
+                    load_s, stall_s = fleet.learned.load_s(HOST), times.load_host_s
+                else:
+                    load_s, stall_s = self.load_s, times.load_disk_s
+                victim = slots.victim()
                 stay_s = self.stay_s
                 distinct += 1
             else:
                 if slot.phase is LOADING:
-                    load_s = max(0.0, slot.ready_at - self.now)
+                    load_s = max(0.0, slot.ready_at - now)
                 if not slot.users:
                     distinct += 1
-        tokens = self.job.prompt_tokens - self.cached.get(worker.id, 0)
+        tokens = self.job.prompt_tokens
+        if self.cached:
+            tokens -= self.cached.get(worker.id, 0)
         context = worker.context_tokens
         pace = worker.pace
         prefill_s = tokens * self.per_token_s * pace
-        step_s = pace * times.step_s(running + 1, distinct, context + tokens + self.output)
+        step_s = pace * times.step_s(running + 1, distinct, context + tokens + output)
         others_s = 0.0
         if running:
             slower_s = step_s - pace * times.step_s(running, before, context)
-            others_s = running * (stall_s + prefill_s + self.output * slower_s) * OTHERS_WEIGHT
+            others_s = running * (stall_s + prefill_s + output * slower_s) * OTHERS_WEIGHT
+        wait_s = max(0.0, worker.busy_until - now)
+        prefill_s += step_s
+        decode_s = output * step_s
+        # No term is negative, so what the sum of the others says, harm can only say more clearly.
+        if victim and wait_s + load_s + prefill_s + decode_s + others_s + stay_s < bound_s:
+            harm_s = self._harm_s(victim.adapter, running * stall_s)
         return Considered(
             worker.id,
-            max(0.0, worker.busy_until - self.now),
+            wait_s,
             load_s,
-            prefill_s + step_s,
-            self.output * step_s,
+            prefill_s,
+            decode_s,
             others_s,
             harm_s,
             stay_s,
         )
 
-    def _harm_s(self, victim: Slot | None, others_stall_s: float) -> float:
+    def _harm_s(self, victim: AdapterRef, others_stall_s: float) -> float:
         """What evicting costs the victim's next user, if there is one before it would leave anyway."""
-        if victim is None:
-            return 0.0
         fleet = self.fleet
-        rate = fleet.demand.rate(victim.adapter, self.now)
+        rate = fleet.demand.rate(victim, self.now)
         if rate <= 0.0:
             return 0.0
-        soon = 1.0 - exp(-rate * fleet.stay_s(self.now))
-        reload_s = fleet.learned.load_s(DISK) + others_stall_s * OTHERS_WEIGHT
-        return HARM_WEIGHT * soon * reload_s / max(1, len(fleet.holders(victim.adapter)))
+        stay_s = self.victim_stay_s
+        if stay_s is None:
+            stay_s = self.victim_stay_s = fleet.stay_s(self.now)
+        soon = 1.0 - exp(-rate * stay_s)
+        reload_s = self.reload_s + others_stall_s * OTHERS_WEIGHT
+        return HARM_WEIGHT * soon * reload_s / max(1, fleet.holder_count(victim))
 
 
 def _reason(worker: Worker, job: Job, holders: Sequence[Worker]) -> Reason:
