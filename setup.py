@@ -14,7 +14,15 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-COMPILED = ["sim/engine.py", "sim/host.py", "sim/kv.py"]
+COMPILED = [
+    "router/core/demand.py",
+    "router/core/policies/cost.py",
+    "router/core/residency.py",
+    "router/core/timing.py",
+    "sim/engine.py",
+    "sim/host.py",
+    "sim/kv.py",
+]
 BESIDE_SOURCE = {"develop", "editable_wheel"}
 BUILDS = {"bdist_wheel", "build", "build_ext", *BESIDE_SOURCE}
 # No fused multiply-add, whose last bit is another; and a new compiler's warnings are no errors.

@@ -221,7 +221,9 @@ class AdmissionQueue(Generic[GrantT]):
         for waiter in self._order.in_order():
             if local is not None and local.tag <= waiter.tag + self.locality_tokens:
                 return local
-            if waiter.seq not in refused and worker.can_serve(waiter.job.adapter):
+            if waiter.seq not in refused and worker.can_serve(
+                waiter.job.adapter, waiter.job.tenant
+            ):
                 return waiter
         return local
 
@@ -232,12 +234,10 @@ class AdmissionQueue(Generic[GrantT]):
         wanted: list[AdapterRef | None]
         if len(waiting) <= len(slots):
             wanted = [
-                adapter
-                for adapter in waiting
-                if adapter is None or (slots.get(adapter) and slots.can_serve(adapter))
+                adapter for adapter in waiting if adapter is None or slots.get(adapter) is not None
             ]
         else:
-            wanted = [slot.adapter for slot in slots if slots.can_serve(slot.adapter)]
+            wanted = [slot.adapter for slot in slots]
             if None in waiting:
                 wanted.append(None)  # the base model alone
         for adapter in wanted:
@@ -247,8 +247,8 @@ class AdmissionQueue(Generic[GrantT]):
             first = order.first()
             if refused and first is not None and first.seq in refused:
                 first = next((one for one in order.in_order() if one.seq not in refused), None)
-            if first is not None and (
-                best is None or (first.tag, first.seq) < (best.tag, best.seq)
-            ):
+            if first is None or not worker.can_serve(adapter, first.job.tenant):
+                continue
+            if best is None or (first.tag, first.seq) < (best.tag, best.seq):
                 best = first
         return best

@@ -21,6 +21,7 @@ from router.core.demand import MEMORY_S, Demand
 from router.core.job import AdapterRef, Job
 from router.core.prefixes import PrefixIndex
 from router.core.residency import COLD, RESIDENT, Eviction, Slot, SlotCache
+from router.core.shares import Tenants
 from router.core.timing import EngineTimes, Learned, Tier, new_pace
 
 # The adapters that are known to be on the host's disk; of who is forgotten, a load is taken for longer.
@@ -96,9 +97,9 @@ class Worker:
         """Whether it has `max_ongoing_requests` in flight."""
         return self.in_flight >= self.max_ongoing
 
-    def can_serve(self, adapter: AdapterRef | None) -> bool:
-        """Whether the adapter is held here or a slot can be had for it."""
-        return adapter is None or self.slots.can_serve(adapter)
+    def can_serve(self, adapter: AdapterRef | None, tenant: str = "") -> bool:
+        """Whether the adapter is held here or a slot can be had for it, by the tenant."""
+        return adapter is None or self.slots.can_serve(adapter, tenant)
 
     def __repr__(self) -> str:
         return f"<Worker {self.id} in_flight={self.in_flight} slots={len(self.slots)}>"
@@ -113,6 +114,7 @@ class Fleet:
         self.demand = Demand()
         self.prefixes = PrefixIndex()
         self.pins: dict[AdapterRef, None] = {}
+        self.tenants = Tenants()
         # How many holders an adapter should have, where that is not one (see replicas.py).
         self.targets: dict[AdapterRef, int] = {}
         self.users: dict[AdapterRef, int] = {}  # jobs in flight
@@ -197,6 +199,7 @@ class Fleet:
         assert worker.id not in self._workers, worker.id
         self._workers[worker.id] = worker
         worker.slots.pins = self.pins
+        worker.slots.shares.tenants = self.tenants
         self._slots += worker.slots.capacity
         for slot in worker.slots:
             self._index(worker, slot)
@@ -222,7 +225,9 @@ class Fleet:
 
     # A job comes and goes.
 
-    def reserve(self, worker: Worker, adapter: AdapterRef | None) -> tuple[Slot | None, bool]:
+    def reserve(
+        self, worker: Worker, adapter: AdapterRef | None, tenant: str = ""
+    ) -> tuple[Slot | None, bool]:
         """Take a place on the worker, and a use of the adapter's slot.
 
         Returns the slot and whether the caller must now load the adapter into it.
@@ -236,7 +241,7 @@ class Fleet:
         begin = slot is None
         if slot is None:
             slot = self.begin_load(worker, adapter)
-        worker.slots.acquire(slot)
+        worker.slots.acquire(slot, tenant)
         self.users[adapter] = self.users.get(adapter, 0) + 1
         return slot, begin
 

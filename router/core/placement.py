@@ -122,7 +122,7 @@ def with_room(fleet: Fleet, job: Job, rng: Random) -> Worker | None:
     """
     ready = fleet.ready
     drawn = less_busy_of_two(ready, rng)
-    if drawn is None or (drawn.can_serve(job.adapter) and drawn.id not in job.avoid):
+    if drawn is None or (drawn.can_serve(job.adapter, job.tenant) and drawn.id not in job.avoid):
         return drawn
     return less_busy_of_two(eligible(job, fleet), rng)
 
@@ -133,7 +133,7 @@ def eligible(job: Job, fleet: Fleet) -> list[Worker]:
     The bounds are the router's: the worker accepts, is not overloaded, and holds the adapter or can
     give it a slot. Those that failed the job are left out, unless nobody else is left.
     """
-    able = [worker for worker in fleet.ready if worker.can_serve(job.adapter)]
+    able = [worker for worker in fleet.ready if worker.can_serve(job.adapter, job.tenant)]
     if job.avoid:
         able = [worker for worker in able if worker.id not in job.avoid] or able
     return able

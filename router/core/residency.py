@@ -15,6 +15,7 @@ from enum import Enum, StrEnum
 from typing import Final
 
 from router.core.job import AdapterRef, LoadError
+from router.core.shares import SlotShares
 
 
 class Phase(Enum):
@@ -67,6 +68,7 @@ class Slot:
         "pinned",
         "ready_at",
         "reload_s",
+        "tenant",
         "users",
         "uses",
         "value",
@@ -84,6 +86,7 @@ class Slot:
         self.value = 0.0
         self.ready_at = 0.0
         self.reload_s = 1.0
+        self.tenant = ""  # who uses it, where somebody does
         self.idle_since = 0  # a count of the cache's own, not a time
         self.victim: Slot | None = None
         self.error: LoadError | None = None
@@ -121,12 +124,14 @@ class SlotCache:
         "in_use",
         "loading",
         "pins",
+        "shares",
     )
 
     def __init__(self, capacity: int, eviction: Eviction = Eviction.LRU) -> None:
         self.capacity = capacity
         self.pins: Mapping[AdapterRef, object] = {}
         self.in_use = 0  # slots with users
+        self.shares = SlotShares(capacity)
         self.loading = 0
         self.clock = 0.0
         self._gdsf = eviction is Eviction.GDSF
@@ -163,19 +168,34 @@ class SlotCache:
         """The adapter's slot, or None where it is cold."""
         return self._slots.get(adapter)
 
-    def can_serve(self, adapter: AdapterRef) -> bool:
-        """Whether a job for the adapter could be placed here: it is held, or a slot can be had."""
+    def can_serve(self, adapter: AdapterRef, tenant: str = "") -> bool:
+        """Whether a job for the adapter could be placed here.
+
+        It can where the adapter is held, or a slot can be had; and where that slot would come into use
+        by it, where the tenant may have it (see shares.py).
+        """
         slot = self._slots.get(adapter)
         if slot is not None:
-            return slot.phase is not EVICTING and not slot.closed
-        return self.occupied < self.capacity or bool(self._idle)
+            if slot.phase is EVICTING or slot.closed:
+                return False
+            if slot.users or self.shares.tenants.alone:
+                return True
+            return self.shares.may_open(tenant, self.capacity - self.in_use)
+        free = self.capacity - len(self._slots) + self._evicting
+        if free <= 0 and not self._idle:
+            return False
+        return self.shares.tenants.alone or self.shares.may_open(
+            tenant, self.capacity - self.in_use
+        )
 
-    def acquire(self, slot: Slot) -> None:
+    def acquire(self, slot: Slot, tenant: str = "") -> None:
         """Count one more user of a slot that is resident or loading."""
         assert slot.phase is RESIDENT or slot.phase is LOADING, slot.phase
         assert not slot.closed, f"{slot.adapter} is closed to new users"
         if not slot.users:
             self.in_use += 1
+            slot.tenant = tenant
+            self.shares.opened(tenant)
             if self._idle.pop(slot.adapter, None) is not None:
                 self._victim = None
         slot.users += 1
@@ -187,11 +207,15 @@ class SlotCache:
         slot.users -= 1
         if slot.users:
             return False
-        self.in_use -= 1
+        self._out_of_use(slot)
         if slot.phase is not RESIDENT:
             return False
         self._fall_idle(slot)
         return True
+
+    def _out_of_use(self, slot: Slot) -> None:
+        self.in_use -= 1
+        self.shares.closed(slot.tenant)
 
     def _fall_idle(self, slot: Slot) -> None:
         self._idled += 1
@@ -297,7 +321,7 @@ class SlotCache:
         self.loading -= 1
         del self._slots[slot.adapter]
         if slot.users:
-            self.in_use -= 1
+            self._out_of_use(slot)
         victim, slot.victim = slot.victim, None
         self._victim = None
         if victim is not None:
@@ -346,7 +370,7 @@ class SlotCache:
         slot.move(COLD)
         del self._slots[slot.adapter]
         if slot.users:
-            self.in_use -= 1
+            self._out_of_use(slot)
         self._idle.pop(slot.adapter, None)
         self._victim = None
         if self._closed is slot:

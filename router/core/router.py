@@ -25,6 +25,7 @@ from router.core.ports import Loader, NoObserver, Observer
 from router.core.quotas import Quota, Quotas
 from router.core.replicas import Replicas
 from router.core.residency import LOADING, RESIDENT, Slot
+from router.core.shares import Tenants
 from router.core.timing import Tier
 
 RETRY_AFTER_MAX_S: Final = 60.0
@@ -210,6 +211,7 @@ class Router:
             locality_tokens=policy.locality_tokens if locality_tokens is None else locality_tokens,
             weights=weights,
         )
+        fleet.tenants = Tenants(weights)
         self._quotas = Quotas(quotas or {}, self.loop.time())
         self._drain_rate = DrainRate()
         # One task a load, and one a fetch: no waiter's leaving may cancel what the others wait for.
@@ -332,6 +334,7 @@ class Router:
         fleet, adapter = self.fleet, job.adapter
         if adapter is not None:
             fleet.demand.arrived(adapter, now)
+        fleet.tenants.arrived(job.tenant, now)
         self._policy.arrived(job, fleet, now)
         self._tick_on()
         if job.refuse_cold and adapter is not None and not fleet.resident(adapter):
@@ -614,18 +617,27 @@ class Router:
                 break
         for waiter in wanting:
             decision = self._policy.place(waiter.job, self.fleet, now)
-            if decision.worker is None and decision.reason is Reason.NO_SLOT:
+            if decision.worker is not None:  # what other tenants need has changed with time alone
+                self._drain(decision.worker)
+            elif decision.reason is Reason.NO_SLOT:
                 self._claim(waiter)
         self._be_patient()
 
     def _claim(self, waiter: Waiter[Grant]) -> None:
-        """Close the slot that will fall idle soonest, as far as one can tell: of the fewest users."""
+        """Close the slot that will fall idle soonest, as far as one can tell: of the fewest users.
+
+        One of the tenant's own, or of another that uses more than its share where this one does not.
+        """
         best: tuple[int, int] | None = None
         chosen: tuple[Worker, Slot] | None = None
         for worker in self.fleet.ready:
             if worker.slots.closed is not None or worker.id in waiter.job.avoid:
                 continue
+            tenant, shares = waiter.job.tenant, worker.slots.shares
+            entitled = shares.entitled(tenant)
             for slot in worker.slots:
+                if slot.tenant != tenant and not (entitled and shares.beyond(slot.tenant)):
+                    continue
                 if slot.phase is RESIDENT and slot.users and not slot.pinned:
                     rank = slot.users, -len(self.fleet.holders(slot.adapter))
                     if best is None or rank < best:
@@ -664,7 +676,7 @@ class Router:
         cached_tokens = 0
         if job.prefix:
             cached_tokens = fleet.prefixes.cached_tokens(adapter, job.prefix).get(worker.id, 0)
-        slot, begin = fleet.reserve(worker, adapter)
+        slot, begin = fleet.reserve(worker, adapter, job.tenant)
         context_tokens = fleet.begin_work(worker, job, cached_tokens, now)
         if slot is None:
             use = NO_ADAPTER

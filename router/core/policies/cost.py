@@ -126,7 +126,9 @@ class Cost(Policy):
             worker = ready[int(rng.random() * len(ready))]
             chosen[worker.id] = worker
         able = list(chosen.values())
-        if any(worker.ready_index >= 0 and worker.can_serve(job.adapter) for worker in able):
+        if any(
+            worker.ready_index >= 0 and worker.can_serve(job.adapter, job.tenant) for worker in able
+        ):
             return able
         return fleet  # those drawn have no room: rather look at all than say that nobody has
 
@@ -175,7 +177,7 @@ class _Weighing:
         job, adapter = self.job, self.adapter
         if worker.ready_index < 0:
             return Drop.OVERLOADED if worker.accepting else Drop.NOT_ACCEPTING
-        if adapter is not None and not worker.slots.can_serve(adapter):
+        if adapter is not None and not worker.slots.can_serve(adapter, job.tenant):
             return Drop.NO_SLOT
         if worker.busy_until - AHEAD_S > self.now:
             return SATURATED

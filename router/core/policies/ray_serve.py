@@ -52,4 +52,8 @@ class RayServe(Policy):
 
 def _replica(worker: Worker, job: Job) -> bool:
     """Whether Ray would count the worker among the replicas that it may ask."""
-    return worker.accepting and worker.id not in job.avoid and worker.can_serve(job.adapter)
+    return (
+        worker.accepting
+        and worker.id not in job.avoid
+        and worker.can_serve(job.adapter, job.tenant)
+    )

@@ -24,7 +24,7 @@ class RoundRobin(Policy):
         avoided: Worker | None = None
         for offset in range(len(workers)):
             worker = workers[(turn + offset) % len(workers)]
-            if worker.ready_index < 0 or not worker.can_serve(job.adapter):
+            if worker.ready_index < 0 or not worker.can_serve(job.adapter, job.tenant):
                 continue
             if worker.id not in job.avoid:
                 return Decision(worker, Reason.ROTATION)

@@ -1,0 +1,115 @@
+"""Adapter slots among tenants: who floods may not take every slot of a worker.
+
+A slot is held as long as answers run, for seconds, so a fair queue alone comes too late for a tenant
+whose adapter finds no slot. The rule, on each worker by itself:
+
+  - a tenant may always take a slot within its share: its weight's part of the slots, one at least;
+  - beyond, it may take what is left after each other tenant that is active can still have what it used
+    of late and one more, as far as its own share goes.
+
+So one tenant alone uses all slots, and one that uses few costs the others few. Tenants are active for
+`ACTIVE_S` after their last job; what was used of late fades as slowly. Slots in use are what counts, by
+the tenant that first used the adapter there. O(active tenants), and O(1) where there is one.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from math import exp
+from typing import Final
+
+ACTIVE_S: Final = 10.0
+TENANTS_MAX: Final = 32
+
+
+class Tenants:
+    """Who is active, and their weights: 1 where not named. Of too many, the last to come count."""
+
+    __slots__ = ("_seen", "_weights", "now")
+
+    def __init__(self, weights: Mapping[str, float] | None = None) -> None:
+        self._weights = weights or {}
+        self._seen: OrderedDict[str, float] = OrderedDict()
+        self.now = 0.0  # of the last arrival: only then does anything fade
+
+    def arrived(self, tenant: str, now: float) -> None:
+        """A job of the tenant has come."""
+        self.now = now
+        seen = self._seen
+        seen[tenant] = now
+        seen.move_to_end(tenant)
+        while len(seen) > TENANTS_MAX or next(iter(seen.values())) < now - ACTIVE_S:
+            seen.popitem(last=False)
+
+    @property
+    def alone(self) -> bool:
+        """Whether no more than one is active."""
+        return len(self._seen) <= 1
+
+    def weights(self, tenant: str) -> dict[str, float]:
+        """The weights of all who are active, and of `tenant`."""
+        weights = {name: self._weights.get(name, 1.0) for name in self._seen}
+        weights[tenant] = self._weights.get(tenant, 1.0)
+        return weights
+
+
+class SlotShares:
+    """One worker's slots in use, by tenant."""
+
+    __slots__ = ("_capacity", "_counts", "_peaks", "tenants")
+
+    def __init__(self, capacity: int) -> None:
+        self.tenants = Tenants()  # of the fleet, once the worker is in one
+        self._capacity = capacity
+        self._counts: dict[str, int] = {}
+        self._peaks: dict[str, tuple[float, float]] = {}  # the most of late, and when that was
+
+    def opened(self, tenant: str) -> None:
+        """A slot has come into use, by the tenant."""
+        count = self._counts[tenant] = self._counts.get(tenant, 0) + 1
+        if count >= self._of_late(tenant):
+            peaks = self._peaks
+            peaks[tenant] = (count, self.tenants.now)
+            if len(peaks) > 2 * TENANTS_MAX:
+                self._peaks = {name: peaks[name] for name in self._counts if name in peaks}
+
+    def closed(self, tenant: str) -> None:
+        """A slot of the tenant's is in use no more."""
+        left = self._counts[tenant] - 1
+        if left:
+            self._counts[tenant] = left
+        else:
+            del self._counts[tenant]
+
+    def _of_late(self, tenant: str) -> float:
+        peak, at = self._peaks.get(tenant, (0.0, 0.0))
+        return peak * exp((at - self.tenants.now) / ACTIVE_S)
+
+    def may_open(self, tenant: str, left: int) -> bool:
+        """Whether the tenant may take one of the `left` slots that are not in use."""
+        if left <= 0:
+            return False
+        if self.tenants.alone:
+            return True
+        weights = self.tenants.weights(tenant)
+        part = self._capacity / sum(weights.values())
+        counts = self._counts
+        if counts.get(tenant, 0) + 1 <= max(1.0, part * weights[tenant]):
+            return True
+        reserved = 0.0
+        for other, weight in weights.items():
+            if other != tenant:
+                wanted = min(part * weight, self._of_late(other) + 1.0)
+                reserved += max(0.0, wanted - counts.get(other, 0))
+        return left >= reserved + 1.0
+
+    def entitled(self, tenant: str) -> bool:
+        """Whether a slot more would be within the tenant's share."""
+        weights = self.tenants.weights(tenant)
+        share = self._capacity * weights[tenant] / sum(weights.values())
+        return self._counts.get(tenant, 0) + 1 <= max(1.0, share)
+
+    def beyond(self, tenant: str) -> bool:
+        """Whether the tenant uses more than its share."""
+        weights = self.tenants.weights(tenant)
+        share = self._capacity * weights[tenant] / sum(weights.values())
+        return self._counts.get(tenant, 0) > share
