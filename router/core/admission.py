@@ -11,7 +11,8 @@ of the others' work. Alone, a tenant is served first come first served.
 
 Two exceptions to the order, both bounded:
   - a job whose adapter is at hand may go before one that needs a load, if its tag is not more than
-    `locality_tokens` behind: that is the most that locality costs anybody;
+    `locality_tokens` behind, or 1/32 of that behind another tenant's: that is the most that locality
+    costs anybody;
   - a job that cannot be placed for want of a slot is passed by, until the router closes a slot to new
     users for it (see router.py). So no adapter starves under continuing load.
 The queue orders and bounds; it neither places nor times out, which is the router's part.
@@ -30,6 +31,7 @@ from router.core.job import AdapterRef, Job
 GrantT = TypeVar("GrantT")
 PRIORITY_BASE: Final = 16.0
 PRIORITY_MOST: Final = 3  # classes either way
+ACROSS_TENANTS: Final = 1 / 32
 FLOWS_MAX: Final = 4096
 STALE_MIN: Final = 64
 
@@ -219,8 +221,12 @@ class AdmissionQueue(Generic[GrantT]):
         if slots.free <= 0 and not slots.idle:
             return local
         for waiter in self._order.in_order():
-            if local is not None and local.tag <= waiter.tag + self.locality_tokens:
-                return local
+            if local is not None:
+                bound = self.locality_tokens
+                if local.job.tenant != waiter.job.tenant:
+                    bound *= ACROSS_TENANTS
+                if local.tag <= waiter.tag + bound:
+                    return local
             if waiter.seq not in refused and worker.can_serve(
                 waiter.job.adapter, waiter.job.tenant
             ):

@@ -21,7 +21,7 @@ from router.core.demand import MEMORY_S, Demand
 from router.core.job import AdapterRef, Job
 from router.core.prefixes import PrefixIndex
 from router.core.residency import COLD, RESIDENT, Eviction, Slot, SlotCache
-from router.core.shares import Tenants
+from router.core.shares import Shares, Tenants
 from router.core.timing import EngineTimes, Learned, Tier, new_pace
 
 # The adapters that are known to be on the host's disk; of who is forgotten, a load is taken for longer.
@@ -59,6 +59,7 @@ class Worker:
         "kv_tokens",
         "max_ongoing",
         "pace",
+        "places",
         "ready_index",
         "report",
         "seq_floor",
@@ -79,6 +80,7 @@ class Worker:
         self.id = worker_id
         self.max_ongoing = max_ongoing
         self.slots = SlotCache(slots, eviction)
+        self.places = Shares(max_ongoing)
         self.kv_tokens = kv_tokens
         self.in_flight = 0
         self.completed = 0
@@ -98,7 +100,12 @@ class Worker:
         return self.in_flight >= self.max_ongoing
 
     def can_serve(self, adapter: AdapterRef | None, tenant: str = "") -> bool:
-        """Whether the adapter is held here or a slot can be had for it, by the tenant."""
+        """Whether the tenant may have a place here, and the adapter is held or can have a slot."""
+        places = self.places
+        if not places.tenants.alone and not places.may_open(
+            tenant, self.max_ongoing - self.in_flight
+        ):
+            return False
         return adapter is None or self.slots.can_serve(adapter, tenant)
 
     def __repr__(self) -> str:
@@ -199,7 +206,7 @@ class Fleet:
         assert worker.id not in self._workers, worker.id
         self._workers[worker.id] = worker
         worker.slots.pins = self.pins
-        worker.slots.shares.tenants = self.tenants
+        worker.slots.shares.tenants = worker.places.tenants = self.tenants
         self._slots += worker.slots.capacity
         for slot in worker.slots:
             self._index(worker, slot)
@@ -233,6 +240,7 @@ class Fleet:
         Returns the slot and whether the caller must now load the adapter into it.
         """
         worker.in_flight += 1
+        worker.places.opened(tenant)
         if worker.in_flight >= worker.max_ongoing:
             self._settle(worker)
         if adapter is None:
@@ -253,10 +261,11 @@ class Fleet:
             self._unindex(worker, slot.victim)
         return slot
 
-    def release(self, worker: Worker, slot: Slot | None) -> None:
+    def release(self, worker: Worker, slot: Slot | None, tenant: str = "") -> None:
         """Give back what `reserve` took."""
         assert worker.in_flight > 0, worker
         worker.in_flight -= 1
+        worker.places.closed(tenant)
         worker.completed += 1
         if worker.ready_index < 0:
             self._settle(worker)

@@ -15,7 +15,7 @@ from enum import Enum, StrEnum
 from typing import Final
 
 from router.core.job import AdapterRef, LoadError
-from router.core.shares import SlotShares
+from router.core.shares import Shares
 
 
 class Phase(Enum):
@@ -131,7 +131,7 @@ class SlotCache:
         self.capacity = capacity
         self.pins: Mapping[AdapterRef, object] = {}
         self.in_use = 0  # slots with users
-        self.shares = SlotShares(capacity)
+        self.shares = Shares(capacity)
         self.loading = 0
         self.clock = 0.0
         self._gdsf = eviction is Eviction.GDSF

@@ -43,7 +43,7 @@ REFUSALS_MAX: Final = 8
 class Grant:
     """What was reserved for one job. `context_tokens` is what its worker counts it for."""
 
-    __slots__ = ("context_tokens", "decision", "slot", "use", "worker")
+    __slots__ = ("context_tokens", "decision", "slot", "tenant", "use", "worker")
 
     def __init__(
         self,
@@ -52,12 +52,14 @@ class Grant:
         use: AdapterUse,
         decision: Decision,
         context_tokens: float,
+        tenant: str,
     ) -> None:
         self.worker = worker
         self.slot = slot
         self.use = use
         self.decision = decision
         self.context_tokens = context_tokens
+        self.tenant = tenant
 
 
 class Lease:
@@ -689,10 +691,10 @@ class Router:
         if begin:
             assert slot is not None
             self._begin_load(worker, slot)
-        return Grant(worker, slot, use, decision, context_tokens)
+        return Grant(worker, slot, use, decision, context_tokens, job.tenant)
 
     def _release(self, grant: Grant) -> None:
-        self.fleet.release(grant.worker, grant.slot)
+        self.fleet.release(grant.worker, grant.slot, grant.tenant)
         self.fleet.end_work(grant.worker, grant.context_tokens)
         self._drain(grant.worker)
 

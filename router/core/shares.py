@@ -1,7 +1,7 @@
-"""Adapter slots among tenants: who floods may not take every slot of a worker.
+"""Adapter slots and places among tenants: who floods may not take all that a worker has.
 
-A slot is held as long as answers run, for seconds, so a fair queue alone comes too late for a tenant
-whose adapter finds no slot. The rule, on each worker by itself:
+A slot is held as long as answers run, for seconds, and so is a place of `max_ongoing_requests`: a fair
+queue alone comes too late for a tenant that finds none. The rule, on each worker, for each of the two:
 
   - a tenant may always take a slot within its share: its weight's part of the slots, one at least;
   - beyond, it may take what is left after each other tenant that is active can still have what it used
@@ -52,8 +52,8 @@ class Tenants:
         return weights
 
 
-class SlotShares:
-    """One worker's slots in use, by tenant."""
+class Shares:
+    """One worker's slots, or its places, in use by tenant."""
 
     __slots__ = ("_capacity", "_counts", "_peaks", "tenants")
 

@@ -177,7 +177,7 @@ class _Weighing:
         job, adapter = self.job, self.adapter
         if worker.ready_index < 0:
             return Drop.OVERLOADED if worker.accepting else Drop.NOT_ACCEPTING
-        if adapter is not None and not worker.slots.can_serve(adapter, job.tenant):
+        if not worker.can_serve(adapter, job.tenant):
             return Drop.NO_SLOT
         if worker.busy_until - AHEAD_S > self.now:
             return SATURATED
