@@ -25,7 +25,8 @@ DROPS: Final[dict[Drop, str]] = {
     Drop.AVOIDED: "has failed this request before",
     Drop.SATURATED: "has prompts enough ahead",
     Drop.NO_MEMORY: "has no memory for its context now",
-    Drop.NO_SLOT: "every adapter slot is in use or loading",
+    Drop.NO_SLOT: "every adapter slot is in use or loading, or kept for other tenants",
+    Drop.LAST_SLOT: "its last slot is kept for an adapter that nobody holds",
 }
 TERMS: Final = ("wait", "load", "prefill", "decode", "others", "harm", "stay")
 COLUMN: Final = 10

@@ -37,6 +37,7 @@ class Drop(StrEnum):
     SATURATED = "saturated"
     NO_MEMORY = "no_memory"
     NO_SLOT = "no_slot"
+    LAST_SLOT = "last_slot"  # kept for an adapter that nobody holds
 
 
 class Considered(msgspec.Struct, frozen=True, gc=False):

@@ -41,7 +41,7 @@ def test_a_prompt_under_way_is_waited_for_or_avoided() -> None:
 
 
 def test_a_full_holder_is_waited_for_where_that_costs_less_than_a_load() -> None:
-    fleet = fleet_of(W(0, ("a",)), W(3, ("b", "c"), ("b", "c"), limit=9, slots=3))
+    fleet = fleet_of(W(0, ("a",)), W(3, ("b", "c"), ("b", "c"), limit=9, slots=4))
     holder = fleet.get("w0")
     assert holder is not None
     holder.busy_until = AHEAD_S + 0.01
@@ -106,6 +106,15 @@ def test_a_slow_worker_is_known_by_its_pace() -> None:
     assert chosen(place(fleet, None)) == "w1"
 
 
+def test_the_last_slot_is_kept_for_an_adapter_without_a_holder() -> None:
+    busy = W(2, ("b",), ("b",), limit=9, slots=2)
+    held = fleet_of(W(4, ("a",), limit=4), busy)
+    decision = place(held)
+    assert (decision.worker, decision.reason) == (None, Reason.SATURATED)
+    assert ("w1", Drop.LAST_SLOT) in decision.dropped
+    assert chosen(place(fleet_of(W(4, limit=4), busy))) == "w1"
+
+
 def test_a_surplus_holder_is_not_made() -> None:
     """Two holders where one is enough: a third needs a better reason than where two are too few."""
     workers = (W(9, ("a",), limit=64), W(9, ("a",), limit=64), W(2, limit=64))
@@ -120,7 +129,7 @@ def test_a_surplus_holder_is_not_made() -> None:
 
 
 def test_the_terms_add_up_and_the_least_wins() -> None:
-    fleet = fleet_of(W(3, ("a",)), W(1, ("b",), ("b",)), W(0))
+    fleet = fleet_of(W(3, ("a",)), W(1, ("b",), ("b",), slots=3), W(0))
     decision = place(fleet)
     assert len(decision.considered) == len(fleet)
     best = min(decision.considered, key=lambda one: one.total_s)

@@ -14,8 +14,9 @@ For each worker that could take the job, in seconds:
 
 and the least wins. `wait` begins with what has been dispatched a moment ago, so a burst
 does not pile up. A worker with more than `AHEAD_S` of prompts ahead, or no memory for the job's
-context, is not sent more: the rest waits in the router, where it can still go elsewhere, be ordered
-fairly, or be told in time that its deadline would be missed.
+context, is not sent more, and an adapter that has a holder does not take a worker's last slot. The
+rest waits in the router, where it can still go elsewhere, be ordered fairly, or be told in time that
+its deadline would be missed.
 
 Terms: predicted wait as in Llumnix and Mooncake; the batch's slowdown by its distinct adapters as in
 CaraServe's rank-aware scheduling; the residence time of an idle slot is Che's characteristic time.
@@ -31,7 +32,7 @@ from typing import Final
 from router.core.fleet import Fleet, Worker
 from router.core.job import AdapterRef, Job
 from router.core.placement import Considered, Decision, Drop, Policy, Reason, nobody
-from router.core.residency import LOADING, Slot
+from router.core.residency import LOADING, Slot, SlotCache
 from router.core.timing import Tier
 
 ALL_UP_TO: Final = 8  # workers; beyond, some are drawn
@@ -39,6 +40,7 @@ HOLDERS_MAX: Final = 6
 DRAWN: Final = 4
 AHEAD_S: Final = 0.5
 KV_SHARE: Final = 0.95
+KEPT_SLOTS: Final = 1
 OTHERS_WEIGHT: Final = 0.25
 HARM_WEIGHT: Final = 4.0
 STAY_S: Final = 0.1
@@ -47,6 +49,7 @@ HOST: Final = Tier.HOST
 DISK: Final = Tier.DISK
 STORE: Final = Tier.STORE
 SATURATED: Final = Drop.SATURATED
+LAST_SLOT: Final = Drop.LAST_SLOT
 NO_MEMORY: Final = Drop.NO_MEMORY
 NOTHING: Final[Mapping[str, int]] = {}
 LOCALITY_TOKENS: Final = 131072.0
@@ -89,7 +92,7 @@ class Cost(Policy):
             dropped.append((worker.id, drop))
             if drop is Drop.AVOIDED:
                 spare = spare or worker
-            elif drop is NO_MEMORY:
+            elif drop is NO_MEMORY or drop is LAST_SLOT:
                 full = True  # until a job ends there, and then those who wait are served
             elif drop is SATURATED:
                 # It may still be the best place to go to, a little later.
@@ -144,6 +147,7 @@ class _Weighing:
         "adapter",
         "cached",
         "fleet",
+        "held",
         "job",
         "load_s",
         "now",
@@ -164,6 +168,7 @@ class _Weighing:
         self.per_token_s = fleet.learned.times.prefill_s(1, lora=adapter is not None)
         self.cached = fleet.prefixes.cached_tokens(adapter, job.prefix) if job.prefix else NOTHING
         self.stay_s = STAY_S
+        self.held = holders > 0
         if adapter is not None and holders >= fleet.targets.get(adapter, 1):
             self.stay_s += SPREAD_S
         # A Tier's hash is a call into Python (3.11): two a decision, not two a worker.
@@ -172,13 +177,15 @@ class _Weighing:
             self.load_s = fleet.learned.load_s(STORE)
         self.victim_stay_s: float | None = None  # until somebody's victim needs it
 
-    def drop(self, worker: Worker) -> Drop | None:
+    def drop(self, worker: Worker) -> Drop | None:  # noqa: PLR0911  (one for each reason)
         """Why the worker is left out, if it is."""
         job, adapter = self.job, self.adapter
         if worker.ready_index < 0:
             return Drop.OVERLOADED if worker.accepting else Drop.NOT_ACCEPTING
         if not worker.can_serve(adapter, job.tenant):
             return Drop.NO_SLOT
+        if self.held and adapter is not None and _is_kept(worker.slots, adapter):
+            return LAST_SLOT
         if worker.busy_until - AHEAD_S > self.now:
             return SATURATED
         if worker.kv_tokens and worker.in_flight:
@@ -255,6 +262,12 @@ class _Weighing:
         soon = 1.0 - exp(-rate * stay_s)
         reload_s = self.reload_s + others_stall_s * OTHERS_WEIGHT
         return HARM_WEIGHT * soon * reload_s / max(1, fleet.holder_count(victim))
+
+
+def _is_kept(slots: SlotCache, adapter: AdapterRef) -> bool:
+    """Whether one holder more would take the last slot, which one without any may need."""
+    left = slots.capacity - slots.in_use
+    return left <= KEPT_SLOTS < slots.capacity and slots.get(adapter) is None
 
 
 def _reason(worker: Worker, job: Job, holders: Sequence[Worker]) -> Reason:
