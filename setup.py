@@ -1,4 +1,4 @@
-"""Build the engine model as C extensions, by mypyc, where a C compiler is at hand.
+"""Build the engine model and the policy as C extensions, by mypyc, where a C compiler is at hand.
 
 The rule: compiled or not, the results are the same to the last bit; compiled, they come sooner. So all
 modules are built or none, nothing here may fail an installation, and where they are built beside the
@@ -18,6 +18,7 @@ COMPILED = [
     "router/core/demand.py",
     "router/core/policies/cost.py",
     "router/core/residency.py",
+    "router/core/shares.py",
     "router/core/timing.py",
     "sim/engine.py",
     "sim/host.py",

@@ -1,4 +1,4 @@
-"""The engine model compiled (setup.py) and as Python: the same to the last bit."""
+"""The engine model and the policy compiled (setup.py) and as Python: the same to the last bit."""
 
 import importlib
 import subprocess
@@ -10,7 +10,16 @@ import pytest
 from traces import write_trace
 
 ROOT = Path(__file__).parents[2]
-COMPILED = ("sim.engine", "sim.host", "sim.kv")
+COMPILED = (
+    "router.core.demand",
+    "router.core.policies.cost",
+    "router.core.residency",
+    "router.core.shares",
+    "router.core.timing",
+    "sim.engine",
+    "sim.host",
+    "sim.kv",
+)
 # A process that cannot import extensions of ours: they are passed by, and the source is found.
 PURE = """
 import sys
@@ -19,7 +28,7 @@ from importlib.machinery import SOURCE_SUFFIXES, FileFinder, PathFinder, SourceF
 class Source:
     @staticmethod
     def find_spec(name, path=None, target=None):
-        if name.partition(".")[0] != "sim":
+        if name.partition(".")[0] not in ("sim", "router"):
             return None
         for folder in path or sys.path:
             spec = FileFinder(folder or ".", (SourceFileLoader, SOURCE_SUFFIXES)).find_spec(name)
@@ -32,7 +41,8 @@ RUN = """
 import sys
 from sim.__main__ import main
 import sim.engine
-print(sim.engine.__file__, file=sys.stderr)
+import router.core.policies.cost
+print(sim.engine.__file__, router.core.policies.cost.__file__, file=sys.stderr)
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -57,6 +67,7 @@ def test_what_is_compiled_is_what_is_written() -> None:
     [
         ("--adapters", "40", "--workers", "3"),
         ("--adapters", "30", "--workers", "2", "--speed", "8", "--policy", "round_robin"),
+        ("--adapters", "60", "--workers", "2", "--speed", "9", "--policy", "cost"),
     ],
 )
 def test_a_replay_is_the_same_compiled_and_as_python(
@@ -80,6 +91,8 @@ def test_a_replay_is_the_same_compiled_and_as_python(
 
     where, compiled = replay(RUN, "compiled.json")
     assert "sim/engine.py" not in where
+    assert "policies/cost.py" not in where
     where, python = replay(PURE + RUN, "python.json")
     assert "sim/engine.py" in where
+    assert "policies/cost.py" in where
     assert compiled == python

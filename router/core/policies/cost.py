@@ -228,10 +228,17 @@ class _Weighing:
         context = worker.context_tokens
         pace = worker.pace
         prefill_s = tokens * self.per_token_s * pace
-        step_s = pace * times.step_s(running + 1, distinct, context + tokens + output)
+        # `EngineTimes.step_s` written out, for the batch with this job and for the one without.
+        step_s = times.step_base_s + times.step_per_request_s * (running + 1)
+        if distinct:
+            step_s *= times.lora_factor + times.lora_factor_per_adapter * distinct
+        step_s = pace * (step_s + times.kv_read_per_token_s * (context + tokens + output))
         others_s = 0.0
         if running:
-            slower_s = step_s - pace * times.step_s(running, before, context)
+            now_s = times.step_base_s + times.step_per_request_s * running
+            if before:
+                now_s *= times.lora_factor + times.lora_factor_per_adapter * before
+            slower_s = step_s - pace * (now_s + times.kv_read_per_token_s * context)
             others_s = running * (stall_s + prefill_s + output * slower_s) * OTHERS_WEIGHT
         wait_s = max(0.0, worker.busy_until - now)
         prefill_s += step_s
