@@ -14,7 +14,7 @@ the tenant that first used the adapter there. O(active tenants), and O(1) where 
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from math import exp
+from math import exp, fsum
 from typing import Final
 
 ACTIVE_S: Final = 10.0
@@ -91,7 +91,7 @@ class Shares:
         if self.tenants.alone:
             return True
         weights = self.tenants.weights(tenant)
-        part = self._capacity / sum(weights.values())
+        part = self._capacity / fsum(weights.values())
         counts = self._counts
         if counts.get(tenant, 0) + 1 <= max(1.0, part * weights[tenant]):
             return True
@@ -105,11 +105,11 @@ class Shares:
     def entitled(self, tenant: str) -> bool:
         """Whether a slot more would be within the tenant's share."""
         weights = self.tenants.weights(tenant)
-        share = self._capacity * weights[tenant] / sum(weights.values())
+        share = self._capacity * weights[tenant] / fsum(weights.values())
         return self._counts.get(tenant, 0) + 1 <= max(1.0, share)
 
     def beyond(self, tenant: str) -> bool:
         """Whether the tenant uses more than its share."""
         weights = self.tenants.weights(tenant)
-        share = self._capacity * weights[tenant] / sum(weights.values())
+        share = self._capacity * weights[tenant] / fsum(weights.values())
         return self._counts.get(tenant, 0) > share
