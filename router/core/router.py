@@ -560,6 +560,9 @@ class Router:
             waiter = queue.next_for(worker, refused)
             if waiter is None:
                 return
+            if waiter.granted.done():  # cancelled, or refused: it has not run since to leave
+                self._leave(waiter)
+                continue
             try:
                 grant = self._try_grant(waiter.job)
             except Rejected as rejection:

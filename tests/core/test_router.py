@@ -164,6 +164,24 @@ def test_a_slot_closed_for_one_that_gives_up_is_opened_again(how: str) -> None:
     simulate(main())
 
 
+@pytest.mark.parametrize("policy", ["affinity", "cost"])
+def test_many_that_are_cancelled_in_one_step_leave_nothing_behind(policy: str) -> None:
+    """Those who wait are cancelled before the release of those who hold serves them."""
+
+    async def main() -> None:
+        cluster = Cluster(workers=1, slots=2, max_ongoing=2, policy=policy)
+        tasks = [cluster.start(cluster.use(name, hold_s=100)) for name in "aabbcc"]
+        await asyncio.sleep(5)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(task.cancelled() for task in tasks)
+        await asyncio.sleep(120)
+        cluster.assert_at_rest()
+
+    simulate(main())
+
+
 def test_only_the_slot_that_is_given_up_is_closed() -> None:
     """The other adapters, and the other workers, are served on while one slot falls idle."""
 
