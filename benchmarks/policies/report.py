@@ -126,12 +126,16 @@ def markdown(study: Study) -> str:
     return "\n".join(parts)
 
 
+def _written(fields: Mapping[str, object]) -> str:
+    return ", ".join(f"{name}: {value}" for name, value in fields.items())
+
+
 def _method(study: Study) -> list[str]:
     setting, seeds = study.setting, study.seeds
     tuning = sum(seed < REPORTED_SEEDS for seed in seeds)
     crowd = offered.CROWD_SHARE * setting.duration_s
     variants = [
-        f"`{one.name}` is `{one.policy}` with {one.router}"
+        f"`{one.name}` is `{one.policy}` with `{_written(one.router | one.lora)}`"
         for one in study.contenders
         if one.router or one.name != one.policy
     ]
