@@ -28,7 +28,6 @@ class Witness:
         self._placed: tuple[str, AdapterRef | None] | None = None
         self._use: AdapterUse | None = None
         self._over = False
-        self._tried = False  # in vain
         # Reason, first and last time, how often: who waits is tried again and again.
         self._waiting: tuple[Reason, float, float, int] | None = None
 
@@ -61,7 +60,6 @@ class Witness:
         """It was tried, and no worker took it."""
         if job.id != self._id:
             return
-        self._tried = True
         reason, last = decision.reason, self._waiting
         if last is not None and last[0] is reason:
             self._waiting = (reason, last[1], now, last[3] + 1)
@@ -103,8 +101,6 @@ class Witness:
         if lease.job.id != self._id:
             return
         self._use = lease.use
-        if lease.queued_s and not self._tried:
-            self._lines.append("it waited behind others, untried: every worker was overloaded")
         self._lines.append(
             f"adapter: {lease.use}; it waited {lease.queued_s:.3f} s for a worker and "
             f"{lease.load_s:.3f} s for its adapter"

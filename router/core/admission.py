@@ -27,11 +27,13 @@ from typing import Final, Generic, TypeVar
 
 from router.core.fleet import Worker
 from router.core.job import AdapterRef, Job
+from router.core.residency import Slot
 
 GrantT = TypeVar("GrantT")
 PRIORITY_BASE: Final = 16.0
 PRIORITY_MOST: Final = 3  # classes either way
 ACROSS_TENANTS: Final = 1 / 32
+LOOKED_AT_MAX: Final = 256
 FLOWS_MAX: Final = 4096
 STALE_MIN: Final = 64
 
@@ -39,7 +41,7 @@ STALE_MIN: Final = 64
 class Waiter(Generic[GrantT]):
     """One job that waits. `granted` ends with its grant, or with the exception that it gets."""
 
-    __slots__ = ("granted", "job", "joined_at", "seq", "tag", "waits")
+    __slots__ = ("cost", "granted", "job", "joined_at", "seq", "tag", "tried", "unit", "waits")
 
     def __init__(self, job: Job, granted: "asyncio.Future[GrantT]", joined_at: float) -> None:
         self.job = job
@@ -47,7 +49,14 @@ class Waiter(Generic[GrantT]):
         self.joined_at = joined_at
         self.seq = 0
         self.tag = 0.0
+        self.cost = 0.0  # what its flow is charged
+        self.unit = 1.0  # of its flow's tags, for each token
+        self.tried: list[Slot] = []  # slots that were closed for it
         self.waits = False
+
+
+def _class(job: Job) -> int:
+    return min(max(job.priority, -PRIORITY_MOST), PRIORITY_MOST)
 
 
 class _Order(Generic[GrantT]):
@@ -148,15 +157,19 @@ class AdmissionQueue(Generic[GrantT]):
 
     def tag_of(self, job: Job, tokens: float) -> float:
         """The tag that a job of so many tokens would have now."""
-        priority = min(max(job.priority, -PRIORITY_MOST), PRIORITY_MOST)
-        cost = tokens * PRIORITY_BASE**priority / self._weights.get(job.tenant, 1.0)
-        return max(self._flows.get((job.tenant, priority), 0.0), self._clock) + cost
+        return self._begin(job) + tokens * self._unit(job)
+
+    def _begin(self, job: Job) -> float:
+        return max(self._flows.get((job.tenant, _class(job)), 0.0), self._clock)
+
+    def _unit(self, job: Job) -> float:
+        weight = self._weights.get(job.tenant, 1.0)
+        return float(PRIORITY_BASE ** _class(job)) / weight
 
     def charge(self, job: Job, tag: float) -> None:
         """Count a job against its tenant; for those who pass without waiting, too."""
-        priority = min(max(job.priority, -PRIORITY_MOST), PRIORITY_MOST)
         flows = self._flows
-        flows[job.tenant, priority] = tag
+        flows[job.tenant, _class(job)] = tag
         if len(flows) > FLOWS_MAX:  # who is behind the clock owes nothing
             self._flows = {name: last for name, last in flows.items() if last > self._clock}
 
@@ -173,6 +186,8 @@ class AdmissionQueue(Generic[GrantT]):
     def join(self, waiter: Waiter[GrantT], tag: float) -> None:
         """Wait by one's tag; the queue is not full."""
         assert not self.full
+        waiter.cost = tag - self._begin(waiter.job)
+        waiter.unit = self._unit(waiter.job)
         self.charge(waiter.job, tag)
         self._seq += 1
         waiter.seq = self._seq
@@ -194,6 +209,8 @@ class AdmissionQueue(Generic[GrantT]):
             return
         waiter.waits = False
         self._length -= 1
+        if not waiter.granted.done() or waiter.granted.cancelled() or waiter.granted.exception():
+            self._refund(waiter)
         adapter = waiter.job.adapter
         left = self._counts[adapter] - 1
         if left:
@@ -207,12 +224,18 @@ class AdmissionQueue(Generic[GrantT]):
             self._flows.clear()
             self._clock = 0.0
 
+    def _refund(self, waiter: Waiter[GrantT]) -> None:
+        """It was not served: its tenant owes nothing for it."""
+        flow = (waiter.job.tenant, _class(waiter.job))
+        if (last := self._flows.get(flow)) is not None:
+            self._flows[flow] = max(last - waiter.cost, self._clock)
+
     def serve(self, waiter: Waiter[GrantT], grant: GrantT) -> None:
         """Hand a waiter its grant."""
-        if waiter is self._order.first():
-            self._clock = max(self._clock, waiter.tag)
-        self.leave(waiter)
+        passed = 0.0 if waiter is self._order.first() else self.locality_tokens * ACROSS_TENANTS
+        self._clock = max(self._clock, waiter.tag - passed)
         waiter.granted.set_result(grant)
+        self.leave(waiter)
 
     def next_for(self, worker: Worker, refused: Mapping[int, None]) -> Waiter[GrantT] | None:
         """Who is to go to the worker: by tag, or by an adapter at hand (see above); no refused one."""
@@ -220,9 +243,11 @@ class AdmissionQueue(Generic[GrantT]):
         slots = worker.slots
         if slots.free <= 0 and not slots.idle:
             return local
-        for waiter in self._order.in_order():
+        for looked_at, waiter in enumerate(self._order.in_order()):
+            if looked_at == LOOKED_AT_MAX:
+                break
             if local is not None:
-                bound = self.locality_tokens
+                bound = self.locality_tokens * waiter.unit
                 if local.job.tenant != waiter.job.tenant:
                     bound *= ACROSS_TENANTS
                 if local.tag <= waiter.tag + bound:

@@ -56,6 +56,7 @@ class Worker:
         "host",
         "id",
         "in_flight",
+        "kept_for",
         "kv_tokens",
         "max_ongoing",
         "pace",
@@ -82,6 +83,7 @@ class Worker:
         self.slots = SlotCache(slots, eviction)
         self.places = Shares(max_ongoing)
         self.kv_tokens = kv_tokens
+        self.kept_for: Job | None = None  # who has waited long for its memory
         self.in_flight = 0
         self.completed = 0
         self.accepting = True
@@ -296,6 +298,7 @@ class Fleet:
         worker.context_tokens -= context_tokens
         if not worker.in_flight:
             worker.context_tokens = 0.0  # whatever rounding has left
+            worker.busy_until = 0.0  # and whatever prompt was given up, or refused
 
     def learn_pace(self, worker: Worker, step_s: float) -> None:
         """A token took so long there, with what is in flight now."""

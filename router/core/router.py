@@ -20,13 +20,13 @@ from router.core.admission import AdmissionQueue, Waiter
 from router.core.drain import DrainRate
 from router.core.fleet import Fleet, Report, Worker
 from router.core.job import AdapterRef, AdapterUse, Job, LoadError, LoadFault, Outcome, Rejected
-from router.core.placement import Decision, Policy, Reason, nobody
+from router.core.placement import Decision, Drop, Policy, Reason, nobody
 from router.core.ports import Loader, NoObserver, Observer
 from router.core.quotas import Quota, Quotas
 from router.core.replicas import Replicas
 from router.core.residency import LOADING, RESIDENT, Slot
 from router.core.shares import Tenants
-from router.core.timing import Tier
+from router.core.timing import GAIN, Tier
 
 RETRY_AFTER_MAX_S: Final = 60.0
 # By these names the hot path has them at a tenth of the cost (Python 3.11).
@@ -37,7 +37,7 @@ COLD: Final = AdapterUse.COLD
 # How many of those who wait too long for a slot are looked at in one go.
 CLAIMS_AT_ONCE: Final = 16
 # How many that would rather wait are passed over when a worker has room.
-REFUSALS_MAX: Final = 8
+REFUSALS_MAX: Final = 32
 
 
 class Grant:
@@ -170,7 +170,11 @@ class Lease:
             if self._first_token_at is not None and tokens > 1:
                 step_s = (router.loop.time() - self._first_token_at) / (tokens - 1)
                 router.fleet.learn_pace(grant.worker, step_s)
-        used = self._reserved if kind is None else 0.0
+        used = self._reserved
+        if kind is not None:
+            # A client that hangs up has had its prompt computed; who was failed pays nothing.
+            gone = issubclass(kind, asyncio.CancelledError)
+            used = float(self.job.prompt_tokens) if gone else 0.0
         if tokens is not None:
             prompt = self._prompt_tokens
             used = float(tokens + (self.job.prompt_tokens if prompt is None else prompt))
@@ -223,6 +227,7 @@ class Router:
         self._fetching = 0  # jobs that wait for one
         # Slots that were closed, by the waiter for whom.
         self._claims: dict[int, tuple[Worker, Slot]] = {}
+        self._kept: dict[int, Worker] = {}  # workers that are kept for one that needs much memory
         self._patience: asyncio.TimerHandle | None = None
         self._again: asyncio.TimerHandle | None = None
         self._replicas = Replicas(fleet, self.warm) if policy.replicates else None
@@ -273,6 +278,7 @@ class Router:
         for seq, (claimed, _) in tuple(self._claims.items()):
             if claimed is worker:
                 del self._claims[seq]
+        self._serve_open()  # an adapter that it alone held may go elsewhere now
 
     def set_accepting(self, worker: Worker, *, accepting: bool) -> None:
         """Stop or resume sending jobs to a worker; what runs there goes on."""
@@ -336,7 +342,6 @@ class Router:
         fleet, adapter = self.fleet, job.adapter
         if adapter is not None:
             fleet.demand.arrived(adapter, now)
-        fleet.tenants.arrived(job.tenant, now)
         self._policy.arrived(job, fleet, now)
         self._tick_on()
         if job.refuse_cold and adapter is not None and not fleet.resident(adapter):
@@ -348,6 +353,7 @@ class Router:
                 f"tenant `{job.tenant}` is over its quota; there is room again in {wait_s:.3g} s",
                 wait_s,
             )
+        fleet.tenants.arrived(job.tenant, now)
         return tokens
 
     def _settle(self, job: Job, reserved: float, used: float) -> None:
@@ -374,7 +380,16 @@ class Router:
             self._refuse_cold(adapter)
         if decision.worker is None or decision.worker in resident:
             return decision
-        able = [worker for worker in resident if worker.ready_index >= 0]
+        if not any(worker.accepting for worker in resident):
+            self._refuse_cold(adapter)
+        now = self.loop.time()
+        able = [
+            worker
+            for worker in resident
+            if worker.ready_index >= 0
+            and worker.can_serve(adapter, job.tenant)
+            and self._policy.opens_at(worker, now) <= now
+        ]
         able = [worker for worker in able if worker.id not in job.avoid] or able
         if not able:
             return Decision(None, Reason.ALL_OVERLOADED, decision.dropped, decision.considered)
@@ -396,7 +411,7 @@ class Router:
         """Wait until the adapter is on this host. Raises `LoadError` and `Rejected`."""
         adapter = job.adapter
         assert adapter is not None
-        if len(self._queue) + self._fetching >= self._queue.limit:
+        if self._fetching >= self._queue.limit:  # a bound of their own: they keep nobody out
             raise self._queue_full()
         if adapter not in self._fetches:
             task = self.loop.create_task(self._loader.fetch(adapter))
@@ -481,7 +496,7 @@ class Router:
         outcome = Outcome.QUEUE_TIMEOUT
         if job.deadline is not None and (last := self._last_moment(job, job.deadline)) < until:
             until, outcome = max(now, last), Outcome.DEADLINE
-            if (rate := self._drain_rate.per_s) > 0.0:
+            if (rate := self._drain_rate.fresh(now)) > 0.0:
                 wait_s = (queue.ahead_of(tag) + 1) / rate
                 if now + wait_s > last:
                     raise Rejected(
@@ -489,7 +504,7 @@ class Router:
                         f"no capacity: it would wait about {wait_s:.3g} s, and miss its deadline",
                         self.retry_after_s,
                     )
-        if len(queue) + self._fetching >= queue.limit:
+        if queue.full:
             self._make_room(tag)
         granted: asyncio.Future[Grant] = self.loop.create_future()
         waiter = Waiter(job, granted, now)
@@ -517,8 +532,9 @@ class Router:
         self._refuse(last, self._queue_full())
 
     def _queue_full(self) -> Rejected:
-        waiting = len(self._queue) + self._fetching
-        message = f"no capacity: {waiting} requests are waiting already"
+        message = (
+            f"no capacity: {max(len(self._queue), self._fetching)} requests are waiting already"
+        )
         return Rejected(Outcome.QUEUE_FULL, message, self.retry_after_s)
 
     def _expire(self, waiter: Waiter[Grant], outcome: Outcome, waited_s: float) -> None:
@@ -535,9 +551,12 @@ class Router:
         self._queue.leave(waiter)
         if not self._queue:
             self._drain_rate.pause()
-        claim = self._claims.pop(waiter.seq, None)
-        if claim is not None and self.fleet.open_slot(*claim):
-            self._drain(claim[0])
+        worker = self._kept.get(waiter.seq)
+        if worker is None and waiter.seq in self._claims:
+            worker = self._claims[waiter.seq][0]
+        if worker is not None:
+            self._give_up_claim(waiter)
+            self._drain(worker)
 
     def _shutting_down(self) -> Rejected:
         return Rejected(Outcome.SHUTTING_DOWN, "the router is shutting down", 1.0)
@@ -609,11 +628,12 @@ class Router:
         if not self._queue:
             return
         now = self.loop.time()
-        looked_at: dict[AdapterRef, None] = {}
+        self.fleet.tenants.tick(now)
+        looked_at: dict[AdapterRef | None, None] = {}
         wanting: list[Waiter[Grant]] = []
         for waiter in self._queue:
             adapter = waiter.job.adapter
-            if adapter is None or adapter in looked_at or waiter.seq in self._claims:
+            if adapter in looked_at:
                 continue
             if now - waiter.joined_at >= self.slot_patience_s:
                 wanting.append(waiter)
@@ -621,11 +641,16 @@ class Router:
             if len(looked_at) == CLAIMS_AT_ONCE:
                 break
         for waiter in wanting:
+            if not waiter.waits:
+                continue  # served on the way
+            self._give_up_claim(waiter)
             decision = self._policy.place(waiter.job, self.fleet, now)
             if decision.worker is not None:  # what other tenants need has changed with time alone
                 self._drain(decision.worker)
             elif decision.reason is Reason.NO_SLOT:
                 self._claim(waiter)
+            elif any(drop is Drop.NO_MEMORY for _, drop in decision.dropped):
+                self._claim_memory(waiter)
         self._be_patient()
 
     def _claim(self, waiter: Waiter[Grant]) -> None:
@@ -633,7 +658,7 @@ class Router:
 
         One of the tenant's own, or of another that uses more than its share where this one does not.
         """
-        best: tuple[int, int] | None = None
+        best: tuple[int, int, int] | None = None
         chosen: tuple[Worker, Slot] | None = None
         for worker in self.fleet.ready:
             if worker.slots.closed is not None or worker.id in waiter.job.avoid:
@@ -644,12 +669,35 @@ class Router:
                 if slot.tenant != tenant and not (entitled and shares.beyond(slot.tenant)):
                     continue
                 if slot.phase is RESIDENT and slot.users and not slot.pinned:
-                    rank = slot.users, -len(self.fleet.holders(slot.adapter))
+                    # One that was closed for it before, and has not fallen idle, comes last.
+                    rank = (
+                        waiter.tried.count(slot),
+                        slot.users,
+                        -len(self.fleet.holders(slot.adapter)),
+                    )
                     if best is None or rank < best:
                         best, chosen = rank, (worker, slot)
         if chosen is not None:
             self.fleet.close_slot(*chosen)
             self._claims[waiter.seq] = chosen
+            waiter.tried.append(chosen[1])
+
+    def _claim_memory(self, waiter: Waiter[Grant]) -> None:
+        """Send nobody else to the worker with the most memory left, until this one fits."""
+        able = [worker for worker in self.fleet.ready if worker.kept_for is None]
+        if able:
+            worker = min(able, key=lambda worker: worker.context_tokens - worker.kv_tokens)
+            worker.kept_for = waiter.job
+            self._kept[waiter.seq] = worker
+
+    def _give_up_claim(self, waiter: Waiter[Grant]) -> None:
+        """Open the slot that was closed for it, and the worker that was kept."""
+        kept = self._kept.pop(waiter.seq, None)
+        if kept is not None and kept.kept_for is waiter.job:
+            kept.kept_for = None
+        claim = self._claims.pop(waiter.seq, None)
+        if claim is not None:
+            self.fleet.open_slot(*claim)
 
     # Placement, and the reservation in the same step.
 
@@ -673,6 +721,8 @@ class Router:
         if job.deadline is not None and first_token_s is not None:
             late_s = now + first_token_s - job.deadline
             if late_s > 0.0:
+                fleet.learned.doubt()
+                worker.pace += GAIN * (1.0 - worker.pace)
                 raise Rejected(
                     Outcome.DEADLINE,
                     f"no capacity: its first token would come about {late_s:.3g} s too late",

@@ -5,7 +5,7 @@ queue alone comes too late for a tenant that finds none. The rule, on each worke
 
   - a tenant may always take a slot within its share: its weight's part of the slots, one at least;
   - beyond, it may take what is left after each other tenant that is active can still have what it used
-    of late and one more, as far as its own share goes.
+    of late, as far as its own share goes, and one of them one more.
 
 So one tenant alone uses all slots, and one that uses few costs the others few. Tenants are active for
 `ACTIVE_S` after their last job; what was used of late fades as slowly. Slots in use are what counts, by
@@ -29,15 +29,22 @@ class Tenants:
     def __init__(self, weights: Mapping[str, float] | None = None) -> None:
         self._weights = weights or {}
         self._seen: OrderedDict[str, float] = OrderedDict()
-        self.now = 0.0  # of the last arrival: only then does anything fade
+        self.now = 0.0  # as of the last arrival, or tick: only then does anything fade
 
     def arrived(self, tenant: str, now: float) -> None:
         """A job of the tenant has come."""
-        self.now = now
         seen = self._seen
         seen[tenant] = now
         seen.move_to_end(tenant)
-        while len(seen) > TENANTS_MAX or next(iter(seen.values())) < now - ACTIVE_S:
+        while len(seen) > TENANTS_MAX:
+            seen.popitem(last=False)
+        self.tick(now)
+
+    def tick(self, now: float) -> None:
+        """Time has passed: who has not asked for long is not active any more."""
+        self.now = now
+        seen = self._seen
+        while seen and next(iter(seen.values())) < now - ACTIVE_S:
             seen.popitem(last=False)
 
     @property
@@ -95,10 +102,10 @@ class Shares:
         counts = self._counts
         if counts.get(tenant, 0) + 1 <= max(1.0, part * weights[tenant]):
             return True
-        reserved = 0.0
+        reserved = 1.0  # one for whichever of them comes
         for other, weight in weights.items():
             if other != tenant:
-                wanted = min(part * weight, self._of_late(other) + 1.0)
+                wanted = min(part * weight, self._of_late(other))
                 reserved += max(0.0, wanted - counts.get(other, 0))
         return left >= reserved + 1.0
 

@@ -62,16 +62,17 @@ PACE_MAX: Final = 16.0
 class Learned:
     """What one fleet has shown so far. Begins with `times`; every observation moves it a little."""
 
-    __slots__ = ("_load_s", "output_tokens", "times")
+    __slots__ = ("_first", "_load_s", "output_tokens", "times")
 
     def __init__(self, times: EngineTimes) -> None:
         self.times = times
         self.output_tokens = OUTPUT_TOKENS
-        self._load_s = {
+        self._first = {
             Tier.HOST: times.load_host_s,
             Tier.DISK: times.load_disk_s,
             Tier.STORE: times.load_disk_s + times.fetch_s,
         }
+        self._load_s = dict(self._first)
 
     def load_s(self, tier: Tier) -> float:
         """How long a load from a tier takes, from its decision until the adapter is resident."""
@@ -80,6 +81,15 @@ class Learned:
     def loaded(self, tier: Tier, load_s: float) -> None:
         """A load from a tier took so long."""
         self._load_s[tier] += LOAD_GAIN * (load_s - self._load_s[tier])
+
+    def doubt(self) -> None:
+        """A job was turned away by a prediction: who does so must not be right for ever.
+
+        What is learned is learned of jobs that are let in, so each refusal moves it a little back to
+        where it began, until one is let in and tells.
+        """
+        for tier, first_s in self._first.items():
+            self._load_s[tier] += GAIN * (first_s - self._load_s[tier])
 
     def answered(self, output_tokens: int) -> None:
         """An answer had so many tokens."""

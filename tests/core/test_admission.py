@@ -70,7 +70,7 @@ def test_who_asks_for_less_than_its_share_is_not_held_up_by_a_flood(
         assert sorted(served) == sorted(expected)
         # Equal shares: one each in turn; thrice the share: done before a's second is.
         last_of_b = len(served) - 1 - served[::-1].index("b")
-        assert last_of_b == (5 if not weights else 3)
+        assert last_of_b == 5 if not weights else last_of_b <= 3
 
     simulate(main())
 
@@ -146,8 +146,8 @@ def test_nobody_is_overtaken_by_more_than_the_bound(
             waiting[waiter.seq] = waiter
             if serve:
                 if (next_one := line.queue.next_for(worker, {})) is not None:
-                    first = min(one.tag for one in waiting.values())
-                    assert next_one.tag <= first + locality
+                    first = min(waiting.values(), key=lambda one: (one.tag, one.seq))
+                    assert next_one.tag <= first.tag + locality * first.unit
                     line.queue.serve(next_one, None)
                     del waiting[next_one.seq]
                     served += 1

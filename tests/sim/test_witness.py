@@ -39,7 +39,7 @@ def explained(
 @pytest.mark.parametrize(
     ("ongoing", "waits"),
     [
-        (2, "it waited behind others, untried: every worker was overloaded"),
+        (2, "it waits: every worker is overloaded (all_overloaded)"),
         (
             64,
             "it waits: workers are free, but all their adapter slots are in use or loading (no_slot)",

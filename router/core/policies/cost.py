@@ -72,7 +72,7 @@ class Cost(Policy):
         """Choose by the rule above."""
         adapter = job.adapter
         holders = fleet.holders(adapter) if adapter is not None else ()
-        weighing = _Weighing(job, fleet, len(holders), now)
+        weighing = _Weighing(job, fleet, holders, now)
         dropped: list[tuple[str, Drop]] = []
         considered: list[Considered] = []
         best: Worker | None = None
@@ -158,7 +158,7 @@ class _Weighing:
         "victim_stay_s",
     )
 
-    def __init__(self, job: Job, fleet: Fleet, holders: int, now: float) -> None:
+    def __init__(self, job: Job, fleet: Fleet, holders: Sequence[Worker], now: float) -> None:
         adapter = job.adapter
         self.job = job
         self.fleet = fleet
@@ -168,8 +168,11 @@ class _Weighing:
         self.per_token_s = fleet.learned.times.prefill_s(1, lora=adapter is not None)
         self.cached = fleet.prefixes.cached_tokens(adapter, job.prefix) if job.prefix else NOTHING
         self.stay_s = STAY_S
-        self.held = holders > 0
-        if adapter is not None and holders >= fleet.targets.get(adapter, 1):
+        self.held = False
+        for worker in holders:
+            if worker.accepting and worker.id not in job.avoid:
+                self.held = True
+        if adapter is not None and len(holders) >= fleet.targets.get(adapter, 1):
             self.stay_s += SPREAD_S
         # A Tier's hash is a call into Python (3.11): two a decision, not two a worker.
         self.reload_s = self.load_s = fleet.learned.load_s(DISK)
@@ -186,16 +189,18 @@ class _Weighing:
             return Drop.NO_SLOT
         if self.held and adapter is not None and _is_kept(worker.slots, adapter):
             return LAST_SLOT
+        if job.avoid and worker.id in job.avoid:
+            return Drop.AVOIDED
         if worker.busy_until - AHEAD_S > self.now:
             return SATURATED
+        if worker.kept_for is not None and worker.kept_for is not job:
+            return NO_MEMORY
         if worker.kv_tokens and worker.in_flight:
             need: float = job.prompt_tokens + self.output
             if self.cached:
                 need = job.prompt_tokens - self.cached.get(worker.id, 0) + self.output
             if worker.context_tokens + need > KV_SHARE * worker.kv_tokens:
                 return NO_MEMORY
-        if job.avoid and worker.id in job.avoid:
-            return Drop.AVOIDED
         return None
 
     def cost(self, worker: Worker, bound_s: float) -> Considered:
