@@ -634,3 +634,83 @@ def test_every_decision_says_why() -> None:
         assert reasons == [Reason.HOLDER, Reason.BASE]
 
     simulate(main())
+
+
+def test_a_prompt_that_was_given_up_holds_up_nobody() -> None:
+    async def main() -> None:
+        cluster = Cluster(workers=1, policy="cost")
+        async with cluster.router.lease(cluster.job(prompt_tokens=8_000_000)) as lease:
+            lease.answered(0, 0)
+        started = asyncio.get_running_loop().time()
+        await cluster.use(None, prompt_tokens=100)
+        assert asyncio.get_running_loop().time() == started
+
+    simulate(main())
+
+
+def test_who_needs_much_memory_gets_it_under_a_load_of_small_ones() -> None:
+    async def main() -> None:
+        cluster = Cluster(workers=1, max_ongoing=64, policy="cost")
+        cluster.workers[0].kv_tokens = 10_000
+        small: dict[str, Any] = {"prompt_tokens": 100, "max_output_tokens": 100}
+        tasks = []
+        for _ in range(200):
+            tasks.append(cluster.start(cluster.use(None, 2, **small)))
+            await asyncio.sleep(0.04)
+        big = cluster.start(cluster.use(None, 1, prompt_tokens=7000, max_output_tokens=100))
+        for _ in range(400):
+            tasks.append(cluster.start(cluster.use(None, 2, **small)))
+            await asyncio.sleep(0.04)
+        assert big.done()
+        await asyncio.gather(big, *tasks)
+        cluster.assert_at_rest()
+
+    simulate(main())
+
+
+def test_a_prediction_that_turns_jobs_away_is_doubted() -> None:
+    """Loads were slow and are fast again; nobody would be let in to show it."""
+
+    async def main() -> None:
+        cluster = Cluster(workers=1, slots=2, policy="cost", loader=FakeLoader(10.0))
+        loop = asyncio.get_running_loop()
+        for number in range(10):
+            await cluster.use(f"slow{number}")
+        cluster.loader.load_s = 0.1
+        served = 0
+        for number in range(100):
+            try:
+                await cluster.use(f"fast{number}", deadline=loop.time() + 5)
+                served += 1
+            except Rejected as rejected:
+                assert rejected.outcome is Outcome.DEADLINE
+            await asyncio.sleep(1)
+        assert served > 50
+
+    simulate(main())
+
+
+def test_jobs_that_give_up_are_not_held_against_their_tenant() -> None:
+    async def main() -> None:
+        cluster = Cluster(workers=1, slots=0, max_ongoing=1, policy="cost")
+        holding = cluster.start(cluster.use(None, hold_s=10, tenant="b"))
+        await settle()
+        flood = [
+            cluster.start(cluster.use(None, tenant="a", prompt_tokens=5000)) for _ in range(50)
+        ]
+        await settle()
+        for task in flood:
+            task.cancel()
+        await asyncio.gather(*flood, return_exceptions=True)
+        ended: list[str] = []
+
+        async def one(tenant: str) -> None:
+            await cluster.use(None, hold_s=1, tenant=tenant, prompt_tokens=100)
+            ended.append(tenant)
+
+        jobs = [cluster.start(one(tenant)) for tenant in "babababa"]
+        await asyncio.gather(*jobs, holding)
+        assert ended[:4].count("a") == 2
+        cluster.assert_at_rest()
+
+    simulate(main())

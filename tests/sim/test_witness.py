@@ -46,7 +46,7 @@ def explained(
         ),
     ],
 )
-def test_a_request_that_waits_and_evicts_is_told_from_beginning_to_end(
+def test_a_request_that_waits_is_told_from_beginning_to_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], ongoing: int, waits: str
 ) -> None:
     lines = explained(tmp_path, capsys, 20, ongoing=ongoing)
@@ -54,7 +54,6 @@ def test_a_request_that_waits_and_evicts_is_told_from_beginning_to_end(
     text = "\n".join(lines)
     for part in (waits, "request 20 for base:a7 goes to base-", "\n> base-", "adapter: "):
         assert part in text
-    assert ("its load evicts a" in text) is (ongoing == 2)  # else another had it loaded meanwhile
     assert " s it ended: completed, first token after " in lines[-1]
 
 
