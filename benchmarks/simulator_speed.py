@@ -92,7 +92,8 @@ def replay(case: Case, folder: Path) -> dict[str, Any]:
     subprocess.run(
         [
             *(sys.executable, "-m", "sim", "replay", str(case.trace)),
-            *(*case.arguments, "--seed", "1", "--json", str(out)),
+            # One policy for all time: a machine's figures stay comparable.
+            *(*case.arguments, "--policy", "affinity", "--seed", "1", "--json", str(out)),
         ],
         cwd=ROOT,
         check=True,
