@@ -41,7 +41,18 @@ STALE_MIN: Final = 64
 class Waiter(Generic[GrantT]):
     """One job that waits. `granted` ends with its grant, or with the exception that it gets."""
 
-    __slots__ = ("cost", "granted", "job", "joined_at", "seq", "tag", "tried", "unit", "waits")
+    __slots__ = (
+        "claim_until",
+        "cost",
+        "granted",
+        "job",
+        "joined_at",
+        "seq",
+        "tag",
+        "tried",
+        "unit",
+        "waits",
+    )
 
     def __init__(self, job: Job, granted: "asyncio.Future[GrantT]", joined_at: float) -> None:
         self.job = job
@@ -51,6 +62,7 @@ class Waiter(Generic[GrantT]):
         self.tag = 0.0
         self.cost = 0.0  # what its flow is charged
         self.unit = 1.0  # of its flow's tags, for each token
+        self.claim_until = 0.0
         self.tried: list[Slot] = []  # slots that were closed for it
         self.waits = False
 

@@ -36,6 +36,8 @@ JOINED: Final = AdapterUse.LOADING
 COLD: Final = AdapterUse.COLD
 # How many of those who wait too long for a slot are looked at in one go.
 CLAIMS_AT_ONCE: Final = 16
+# After so many patiences another slot is closed instead: this one has a long answer in it.
+CLAIM_PATIENCES: Final = 4
 # How many that would rather wait are passed over when a worker has room.
 REFUSALS_MAX: Final = 32
 
@@ -643,6 +645,9 @@ class Router:
         for waiter in wanting:
             if not waiter.waits:
                 continue  # served on the way
+            claim = self._claims.get(waiter.seq)
+            if claim is not None and claim[0].slots.closed is claim[1] and now < waiter.claim_until:
+                continue
             self._give_up_claim(waiter)
             decision = self._policy.place(waiter.job, self.fleet, now)
             if decision.worker is not None:  # what other tenants need has changed with time alone
@@ -681,6 +686,7 @@ class Router:
             self.fleet.close_slot(*chosen)
             self._claims[waiter.seq] = chosen
             waiter.tried.append(chosen[1])
+            waiter.claim_until = self.loop.time() + CLAIM_PATIENCES * self.slot_patience_s
 
     def _claim_memory(self, waiter: Waiter[Grant]) -> None:
         """Send nobody else to the worker with the most memory left, until this one fits."""

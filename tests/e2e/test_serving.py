@@ -69,7 +69,7 @@ def test_streaming_equals_not_streaming(served: Served) -> None:
         assert usage.completion_tokens == 24
 
 
-def test_a_cold_burst_gives_no_error_and_one_load(served: Served) -> None:
+def test_a_cold_burst_gives_no_error_and_one_load_a_worker(served: Served) -> None:
     """64 requests at once for an adapter that no worker holds: the peers answer most with 500."""
     deployment = served.deployment
     cold = cold_adapters(served)[0]  # six adapters, four slots
@@ -91,11 +91,12 @@ def test_a_cold_burst_gives_no_error_and_one_load(served: Served) -> None:
 
     answers = run_apart(burst())
     assert {answer.status_code for answer in answers} == {200}
-    assert deployment.metric("lorayard_adapter_loads_total", result="ok") == before + 1
+    workers = {answer.headers["x-worker"] for answer in answers}
+    loads = deployment.metric("lorayard_adapter_loads_total", result="ok") - before
     uses = [answer.headers["x-adapter"] for answer in answers]
-    assert uses.count("cold") == 1
+    # A burst this large may be worth a second holder.
+    assert uses.count("cold") <= loads <= len(workers) <= 2
     assert set(uses) <= {"cold", "loading", "hit"}
-    assert len({answer.headers["x-worker"] for answer in answers}) == 1
     expected = served.alone.chat(f"{MODEL}:{cold}", PROMPT)
     texts = {answer.parse().choices[0].message.content for answer in answers}
     assert texts == {expected}
