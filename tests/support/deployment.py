@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,9 @@ class Deployment:
         self.url = wait_until(ready, f"ready; the log:\n{self.log}", timeout_s)
         return self
 
-    @property
+    @cached_property
     def client(self) -> openai.OpenAI:
+        """One for all of a test's requests; closed with the deployment."""
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
 
     @property
@@ -120,6 +122,8 @@ class Deployment:
 
     def stop(self, timeout_s: float = 60) -> int:
         """SIGTERM, and wait for its end."""
+        if "client" in self.__dict__:
+            self.client.close()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
