@@ -25,7 +25,6 @@ from router.core.ports import Loader, NoObserver, Observer
 from router.core.quotas import Quota, Quotas
 from router.core.replicas import Replicas
 from router.core.residency import LOADING, RESIDENT, Slot
-from router.core.shares import Tenants
 from router.core.timing import GAIN, Tier
 
 RETRY_AFTER_MAX_S: Final = 60.0
@@ -219,7 +218,7 @@ class Router:
             locality_tokens=policy.locality_tokens if locality_tokens is None else locality_tokens,
             weights=weights,
         )
-        fleet.tenants = Tenants(weights)
+        fleet.tenants.weigh(weights or {})
         self._quotas = Quotas(quotas or {}, self.loop.time())
         self._drain_rate = DrainRate()
         # One task a load, and one a fetch: no waiter's leaving may cancel what the others wait for.

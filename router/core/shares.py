@@ -26,10 +26,14 @@ class Tenants:
 
     __slots__ = ("_seen", "_weights", "now")
 
-    def __init__(self, weights: Mapping[str, float] | None = None) -> None:
-        self._weights = weights or {}
+    def __init__(self) -> None:
+        self._weights: Mapping[str, float] = {}
         self._seen: OrderedDict[str, float] = OrderedDict()
         self.now = 0.0  # as of the last arrival, or tick: only then does anything fade
+
+    def weigh(self, weights: Mapping[str, float]) -> None:
+        """What each tenant's share is worth."""
+        self._weights = weights
 
     def arrived(self, tenant: str, now: float) -> None:
         """A job of the tenant has come."""

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from apart import run_in_a_thread
 
 from benchmarks import decisions
 from benchmarks.decisions import IN_FLIGHT, SLOTS, Cost, goals, growth, measured, scene, tables
@@ -62,8 +63,6 @@ def test_a_table_for_each_way_to_grow() -> None:
     assert [table.row_count for table in tables([*ones, cost("turn", 8, 100, 9.0)])] == [2, 1]
 
 
-# It collects garbage before it measures, and so finds what other tests' libraries have left unclosed.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_command_measures_every_scene(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,7 +75,7 @@ def test_the_command_measures_every_scene(
             *("--json", str(tmp_path / "out.json")),
         ],
     )
-    decisions.main()
+    run_in_a_thread(decisions.main)
     capsys.readouterr()
     found = json.loads((tmp_path / "out.json").read_text())["results"]
     # For each policy: two operations in four scenes, two turns, two hard ones, and one without memory.

@@ -11,7 +11,8 @@ from router.core.shares import ACTIVE_S, TENANTS_MAX, Shares, Tenants
 
 def shares(capacity: int, *tenants: str, **weights: float) -> Shares:
     found = Shares(capacity)
-    found.tenants = Tenants(weights)
+    found.tenants = Tenants()
+    found.tenants.weigh(weights)
     for tenant in tenants:
         found.tenants.arrived(tenant, 0.0)
     return found

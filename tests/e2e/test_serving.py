@@ -91,8 +91,12 @@ def test_a_cold_burst_gives_no_error_and_one_load_a_worker(served: Served) -> No
     answers = run_apart(burst())
     assert {answer.status_code for answer in answers} == {200}
     uses = [answer.headers["x-adapter"] for answer in answers]
-    # One began the load, on each of the two workers if the burst was worth a second holder.
-    assert uses.count("cold") in (1, 2)
+    # The burst may be worth a second holder, but no worker is asked to load it twice.
+    began = [
+        answer.headers["x-worker"] for answer in answers if answer.headers["x-adapter"] == "cold"
+    ]
+    assert began
+    assert len(set(began)) == len(began)
     assert set(uses) <= {"cold", "loading", "hit"}
     expected = served.alone.chat(f"{MODEL}:{cold}", PROMPT)
     texts = {answer.parse().choices[0].message.content for answer in answers}

@@ -23,15 +23,18 @@ CASES = ("steady", "bursty", "slots", "long")
 RUNS = 3
 SEEDS = 5
 # The relative error that each figure may have. Two real runs differ by up to 24% in the time to first
-# token, and by up to 3% in hits. The first token comes too early in the model: by 9 to 18%.
+# token, and by up to 3% in hits.
 NEAR = {
     ("e2e_s", "mean"): 0.05,
     ("e2e_s", "p50"): 0.05,
     ("itl_s", "p50"): 0.07,
     ("throughput", "output tokens/s"): 0.05,
-    ("ttft_s", "p50"): 0.2,
+    ("ttft_s", "p50"): 0.15,
     ("adapters", "hits"): 0.025,
 }
+# 17.7% since the simulator keeps what it has fetched, as the recorded router did: an error of the model
+# that fetching too often had hidden.
+EXCEPT = {"steady": {("ttft_s", "p50"): 0.2}}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +62,7 @@ def test_the_simulator_is_near_to_a_recorded_run(
         for label in labels
         for run in simulations
     ]
-    for figure, near in NEAR.items():
+    for figure, near in (NEAR | EXCEPT.get(case, {})).items():
         happened = fmean(run[figure] for run in real)
         said = fmean(run[figure] for run in simulated)
         assert said == pytest.approx(happened, rel=near), figure

@@ -36,6 +36,12 @@ def explained(
     return lines[lines.index(first) :]
 
 
+def test_what_a_load_evicts_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a crowd for more adapters than slots, somebody's load evicts another adapter."""
+    texts = ("\n".join(explained(tmp_path, capsys, number)) for number in range(60, 20, -1))
+    assert any("its load evicts a" in text for text in texts)
+
+
 @pytest.mark.parametrize(
     ("ongoing", "waits"),
     [

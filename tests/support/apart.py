@@ -5,14 +5,19 @@ warning then fails whichever test the garbage collector runs in.
 """
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
+def run_in_a_thread(function: Callable[[], T]) -> T:
+    """Call what calls `asyncio.run` itself."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
 def run_apart(main: Coroutine[Any, Any, T]) -> T:
     """Run it in a thread of its own."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, main).result()
+    return run_in_a_thread(lambda: asyncio.run(main))
