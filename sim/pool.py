@@ -13,6 +13,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -249,16 +250,25 @@ class Pool:
 def _interrupts_held() -> Iterator[None]:
     """Start processes with SIGINT blocked, as they then stay: one while they import is a traceback.
 
-    Here it is only put off to the end of the block. (Where there are no such masks, so is nothing.)
+    Here it is only put off to the end of the block. The mask is this thread's, and another thread
+    (that of a progress bar) may take the signal: its handler would run here, in the middle of a
+    start, and so is held too.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    came: list[int] = []
+    here = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number)) if here else None
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if here:
+            signal.signal(signal.SIGINT, handler)
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
 def all_cores() -> int:

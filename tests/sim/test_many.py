@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from traces import write_trace
 from router.config import load, parse
 from sim.__main__ import main
 from sim.commands.arguments import DEFAULT_CONFIG
-from sim.pool import Pool, PoolError, Task, Workload
+from sim.pool import Pool, PoolError, Task, Workload, _interrupts_held
 from sim.replay import Options
 from sim.slo import Verdict
 
@@ -124,6 +125,23 @@ def test_an_interrupt_ends_every_process_quietly(tmp_path: Path) -> None:
     while _is_there(process.pid):  # Python's tracker ends when the pipe to its parent does
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_an_interrupt_that_another_thread_takes_waits_for_the_start_of_a_process() -> None:
+    starting, started = threading.Event(), False
+
+    def take() -> None:
+        starting.wait()
+        signal.raise_signal(signal.SIGINT)
+
+    taker = threading.Thread(target=take)  # as a progress bar's: its mask was made before
+    taker.start()
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012  (it is raised on leaving the inner block)
+        with _interrupts_held():
+            starting.set()
+            taker.join()
+            started = True
+    assert started
 
 
 def _is_there(group: int) -> bool:
