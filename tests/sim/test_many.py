@@ -136,11 +136,10 @@ def test_an_interrupt_that_another_thread_takes_waits_for_the_start_of_a_process
 
     taker = threading.Thread(target=take)  # as a progress bar's: its mask was made before
     taker.start()
-    with pytest.raises(KeyboardInterrupt):  # noqa: PT012  (it is raised on leaving the inner block)
-        with _interrupts_held():
-            starting.set()
-            taker.join()
-            started = True
+    with pytest.raises(KeyboardInterrupt), _interrupts_held():  # noqa: PT012  (raised at its end)
+        starting.set()
+        taker.join()
+        started = True
     assert started
 
 
