@@ -12,19 +12,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import prometheus_client
-from aiohttp import web
 
 from router.config import Config
-from router.frontend.app import Frontend
 from router.frontend.auth import Keys
+from router.frontend.models import Models
+from router.frontend.service import Frontend
 from router.model import ModelService
 from router.telemetry.metrics import Metrics
 from router.telemetry.recorder import Recorder
 from router.workers.devices import gpus_per_worker, this_machine
 
 log = logging.getLogger("lorayard")
-
-BACKLOG = 4096
 
 
 async def serve(config: Config) -> None:
@@ -58,20 +56,13 @@ async def serve(config: Config) -> None:
             models.append(ModelService(llm, settings, metrics, machine, place))
             if llm.engine == "vllm":
                 place += llm.replicas * gpus_per_worker(llm)
-        frontend = Frontend(models, settings, metrics, keys, recorder)
-        runner = web.AppRunner(
-            frontend.application(),
-            handler_cancellation=True,
-            access_log=None,
-            shutdown_timeout=1.0,
-        )
-        await runner.setup()
-        await web.SockSite(runner, listener, backlog=BACKLOG).start()
-        for model in models:
-            await model.start()
-        address = url_of(listener)
-        log.info("listening on %s/v1, waiting for workers", address)
+        frontend = Frontend(Models(models), settings, metrics, keys, recorder)
         try:
+            await frontend.start(listener)
+            for model in models:
+                await model.start()
+            address = url_of(listener)
+            log.info("listening on %s/v1, waiting for workers", address)
             await _until_started(models, stop)
             if not stop.is_set():
                 announce(address, models, with_key=bool(keys))
@@ -81,7 +72,7 @@ async def serve(config: Config) -> None:
                 model.router.close()
             await _drain(frontend, hurry, settings.drain_timeout_s)
         finally:
-            await runner.cleanup()
+            await frontend.aclose()
     finally:
         try:
             await asyncio.gather(*(model.stop(hurry) for model in models))

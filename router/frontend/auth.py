@@ -27,7 +27,7 @@ class Keys:
         """
         if not self._digests:
             return True
-        scheme, _, key = headers.get("Authorization", "").partition(" ")
+        scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             key = headers.get("x-api-key", "")
         given = hashlib.sha256(key.strip().encode("utf-8", errors="surrogateescape")).digest()

@@ -4,7 +4,6 @@ import math
 from typing import Final
 
 import msgspec
-from aiohttp import web
 
 from router.core.job import LoadError, LoadFault, Outcome, Rejected
 
@@ -15,10 +14,14 @@ LOAD_STATUS: Final[dict[LoadFault, tuple[int, str, str]]] = {
     LoadFault.WORKER: (502, "server_error", "adapter_load_failed"),
 }
 STORE_RETRY_AFTER_S: Final = 5
+NO_STAMPS: Final = "x-worker: none\r\nx-adapter: none\r\n"
 
 
 class ApiError(Exception):
-    """An answer that is an error. `param` names the field at fault, `code` what is wrong with it."""
+    """An answer that is an error. `param` names the field at fault, `code` what is wrong with it.
+
+    `stamps` are the header lines that say how far the request came.
+    """
 
     def __init__(
         self,
@@ -36,23 +39,27 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.retry_after_s = retry_after_s
+        self.stamps = NO_STAMPS
 
-    def response(self) -> web.Response:
-        """The answer."""
-        body = {
-            "error": {
-                "message": str(self),
-                "type": self.kind,
-                "param": self.param,
-                "code": self.code,
+    def body(self) -> bytes:
+        """The answer's content."""
+        return msgspec.json.encode(
+            {
+                "error": {
+                    "message": str(self),
+                    "type": self.kind,
+                    "param": self.param,
+                    "code": self.code,
+                }
             }
-        }
-        response = web.Response(
-            status=self.status, body=msgspec.json.encode(body), content_type="application/json"
         )
+
+    def headers(self) -> dict[str, str]:
+        """The headers that go with its content."""
+        headers = {"content-type": "application/json; charset=utf-8"}
         if self.retry_after_s is not None:
-            response.headers["Retry-After"] = str(max(1, math.ceil(self.retry_after_s)))
-        return response
+            headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
+        return headers
 
 
 def model_not_found(model: str) -> ApiError:
@@ -86,3 +93,17 @@ def load_failed(error: LoadError) -> ApiError:
     return ApiError(
         status, str(error), kind=kind, param=param, code=code, retry_after_s=retry_after_s
     )
+
+
+def unauthorized() -> ApiError:
+    """401."""
+    return ApiError(
+        401,
+        "No or wrong API key; send `Authorization: Bearer KEY`, or `x-api-key: KEY`.",
+        code="invalid_api_key",
+    )
+
+
+def too_large(limit: int) -> ApiError:
+    """413."""
+    return ApiError(413, f"The body is larger than {limit:,} bytes.")

@@ -1,52 +1,40 @@
-"""One request's way to its worker and back: bytes out as received, bytes in as they come.
+"""One answer on its way from a worker to a client: the bytes that came are the bytes that go.
 
-Up to the first byte of the answer a failure can be made good on another worker; from then on the
-answer is the worker's, and a failure cuts it off, so that no client takes half an answer for whole.
+Its head is made anew, with our headers on it; of its body nothing is parsed, copied or put into other
+pieces. Up to the first byte to the client a failure can be made good on another worker; from then on
+the answer is the worker's, and a failure cuts it off, so that no client takes half for whole. A short
+answer whose length is known is held back until it is whole, so that it too can be made good.
+
+A client that is slow pauses its own worker's connection and nothing else: what waits for it in memory
+is bounded by the transport's own mark and one read.
 """
 
 import asyncio
-import re
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Final
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Final, Protocol
 
-import aiohttp
-from aiohttp import web
-from multidict import CIMultiDict, CIMultiDictProxy
-from yarl import URL
-
-from engine_worker.protocol import VERSION_HEADER
-from router.frontend import terms
+from router.frontend.request import HOP_BY_HOP
 from router.telemetry.answer import Answer
-from router.workers.client import WorkerClient, describe
+from router.workers.upstream import (
+    StaleConnectionError,
+    Upstream,
+    UpstreamPool,
+    WorkerFailedError,
+    WorkerStalledError,
+)
 
 WHOLE_MAX_BYTES: Final = 256 * 1024
-SEGMENT: Final = re.compile(r"[A-Za-z0-9_.-]+")
 NOT_FOUND: Final = 404
 MODEL_MISSING: Final = b"does not exist"  # vLLM: "The model `base:adapter` does not exist."
 # Not an answer to this request, but a worker that cannot serve or does not know its router.
 WORKERS_FAULT: Final = frozenset({401, 403, 502, 503})
-# Of this connection alone (RFC 9110, 7.6.1), or rewritten on the way.
-HOP_BY_HOP: Final = frozenset(
-    {
-        "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
-        "te", "trailer", "transfer-encoding", "upgrade", "expect",
-    }
-)  # fmt: skip
-# The client's key, cookies and terms are for us, the worker's token is its client's own; the body was
-# read whole and unpacked, so its length and encoding are new.
-NOT_FORWARDED: Final = HOP_BY_HOP | terms.HEADERS | {
-    "host", "authorization", "x-api-key", "api-key", "cookie", "content-length",
-    "content-encoding", "accept-encoding", "x-request-id", VERSION_HEADER.lower(),
-}  # fmt: skip
-NOT_RETURNED: Final = HOP_BY_HOP | {"date", "server", "x-request-id", "content-length"}
-
-
-class WorkerFailedError(Exception):
-    """The worker failed before the first byte of its answer; nothing was sent to the client."""
-
-
-class WorkerStalledError(Exception):
-    """The worker did not begin its answer in time; nothing was sent to the client."""
+NOT_RETURNED: Final = frozenset(
+    name.encode() for name in HOP_BY_HOP | {"server", "x-request-id", "x-worker", "x-adapter"}
+)
+STATUS_LINES: Final = {
+    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
+}
 
 
 class AnswerCutError(Exception):
@@ -61,132 +49,186 @@ class AdapterNotThereError(Exception):
     """The worker does not hold the adapter that it was thought to; nothing was sent to the client."""
 
 
-def forwarded_headers(
-    headers: CIMultiDictProxy[str], request_id: str, version: str
-) -> CIMultiDict[str]:
-    """What a worker gets of a client's headers, and which adapter version is meant."""
-    named = {name.strip().lower() for name in headers.get("Connection", "").split(",")}
-    dropped = NOT_FORWARDED | named
-    forwarded = CIMultiDict(
-        (name, value) for name, value in headers.items() if name.lower() not in dropped
-    )
-    forwarded["X-Request-Id"] = request_id
-    if version:
-        forwarded[VERSION_HEADER] = version
-    return forwarded
+class Client(Protocol):
+    """The connection to whoever asked."""
+
+    upstream: Upstream | None
+    write: Callable[[bytes], None]
 
 
-def upstream_path(path: str, query: str) -> str | None:
-    """The path and query to ask a worker for, or None where no route can be meant.
+class Passage:
+    """Reads one answer and writes it to a client. `over` ends with its status, or with what failed.
 
-    A worker has routes that are not for clients, so nothing may be left that some later reader could
-    take for a step upwards: each segment is plain, and the whole goes on as it was checked.
+    `chunked` says whether the client can read that; if not, it gets the content alone, and its end is
+    that of the connection. `last` asks for that too: no other answer follows on it.
+    `stamps` are our own header lines. `adapter` is the model id that the worker was leased for, empty
+    for the base model. `answer` is shown what passes. `on_first_byte` is called when the answer begins,
+    `on_first_token` when the first event of a stream has come: a stream's head comes before its
+    prompt is computed.
     """
-    segments = path.split("/")
-    if not all(SEGMENT.fullmatch(segment) and segment not in {".", ".."} for segment in segments):
-        return None
-    return f"/v1/{path}?{query}" if query else f"/v1/{path}"
+
+    __slots__ = (
+        "_adapter", "_answer", "_chunked", "_client", "_content", "_head", "_held", "_last",
+        "_on_first_byte", "_on_first_token", "_stamps", "_started", "_status", "closes", "over",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        client: Client,
+        *,
+        chunked: bool,
+        last: bool,
+        stamps: bytes,
+        adapter: bytes,
+        answer: Answer,
+        on_first_byte: Callable[[], None],
+        on_first_token: Callable[[], None],
+    ) -> None:
+        self._client = client
+        self._chunked = chunked
+        self._last = last
+        self._stamps = stamps
+        self._adapter = adapter
+        self._answer = answer
+        self._on_first_byte = on_first_byte
+        self._on_first_token = on_first_token
+        self._status = 0
+        self._head = b""
+        self._held: list[bytes] | None = None  # the content of a short answer
+        self._content: list[bytes] | None = None  # what is to be sent without its framing
+        self._started = False  # bytes have gone to the client
+        self.closes = last
+        self.over: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def head(self, status: int, headers: list[tuple[bytes, bytes]], length: int | None) -> None:
+        """The answer begins."""
+        if status in WORKERS_FAULT:
+            raise WorkerFailedError(f"it answered {status}")
+        self._status = status
+        chunks = content_type = False
+        kind = b""
+        lines = [STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status]
+        for name, value in headers:
+            if name == b"transfer-encoding":
+                chunks = True
+            elif name == b"content-type":
+                content_type, kind = True, value
+                lines.append(b"content-type: %b\r\n" % value)
+            elif name not in NOT_RETURNED:
+                lines.append(b"%b: %b\r\n" % (name, value))
+        if length is None and chunks and self._chunked:
+            lines.append(b"transfer-encoding: chunked\r\n")
+        elif length is None:
+            self.closes = True
+            if chunks:
+                self._content = []
+        if self.closes:
+            lines.append(b"connection: close\r\n")
+        lines.append(self._stamps)
+        lines.append(b"\r\n")
+        self._head = b"".join(lines)
+        if length is not None and length <= WHOLE_MAX_BYTES:
+            self._held = []
+        else:
+            self._answer.begins(kind.decode("latin-1") if content_type else "")
+
+    def content(self, data: bytes) -> None:
+        """Some of its content."""
+        if self._held is not None:
+            self._held.append(data)
+            return
+        answer = self._answer
+        if answer.first_byte_at is None:
+            self._on_first_token()
+        answer.passes(data)
+        if self._content is not None:
+            self._content.append(data)
+
+    def wire(self, data: bytes) -> None:
+        """The bytes in which it came."""
+        if self._held is not None:
+            return
+        if self._content is not None:
+            data = b"".join(self._content)
+            self._content = []
+        if not self._started:
+            self._started = True
+            self._on_first_byte()
+            data = self._head + data
+            self._head = b""
+        if data:
+            self._client.write(data)
+
+    def ended(self) -> None:
+        """It is whole."""
+        if self._held is not None:
+            body = b"".join(self._held)
+            # Not every 404 is that: a route or a stored response may be what is not there.
+            missing = self._status == NOT_FOUND and MODEL_MISSING in body
+            if missing and self._adapter and self._adapter in body:
+                self._end(AdapterNotThereError())
+                return
+            self._on_first_byte()
+            self._answer.whole(body)
+            self._client.write(self._head + body)
+        self._end(None)
+
+    def failed(self, error: WorkerFailedError | WorkerStalledError) -> None:
+        """It will never be whole."""
+        if not self._started:
+            self._end(error)
+            return
+        upstream = self._client.upstream
+        slow = upstream is not None and upstream.paused and isinstance(error, WorkerStalledError)
+        text = "the client takes nothing" if slow else str(error)
+        self._end(AnswerCutError(text, client_gone=slow))
+
+    def _end(self, error: Exception | None) -> None:
+        self._client.upstream = None
+        if self.over.done():
+            return
+        if error is None:
+            self.over.set_result(self._status)
+        else:
+            self.over.set_exception(error)
 
 
 async def relay(
-    request: web.Request,
+    passage: Callable[[], Passage],
+    client: Client,
+    pool: UpstreamPool,
+    head: bytes,
     body: bytes,
-    client: WorkerClient,
-    path: str,
     *,
-    headers: CIMultiDict[str],
-    stamps: Mapping[str, str],
-    adapter: str,
     first_byte_timeout_s: float,
     idle_timeout_s: float,
-    on_first_byte: Callable[[], None],
-    on_first_token: Callable[[], None],
-    answer: Answer,
-) -> web.StreamResponse:
-    """Send the body to a worker and its answer to the client, with our `stamps` as headers.
+) -> tuple[int, bool]:
+    """Send a request to a worker and its answer to the client.
 
-    `adapter` is the model id that the worker was leased for, empty for the base model. `answer` is
-    shown what passes. `on_first_byte` is called when the answer begins, `on_first_token` when the first
-    event of a stream has come: a stream's head comes before its prompt is computed.
+    Returns the answer's status, and whether its end is that of the client's connection. A kept
+    connection that turns out to be closed costs no retry: the request goes over a new one.
 
     Raises `WorkerFailedError`, `WorkerStalledError` or `AdapterNotThereError` while nothing was sent,
     `AnswerCutError` after.
     """
-    url = URL(client.url + path, encoded=True)
-    try:
-        async with asyncio.timeout(first_byte_timeout_s):
-            upstream = await client.session.post(
-                url, data=body, headers=headers, allow_redirects=False
-            )
-    except TimeoutError:
-        raise WorkerStalledError(f"no answer within {first_byte_timeout_s:g} s") from None
-    except (aiohttp.ClientError, OSError) as error:
-        raise WorkerFailedError(describe(error)) from None
-    async with upstream:
-        if upstream.status in WORKERS_FAULT:
-            raise WorkerFailedError(f"it answered {upstream.status}")
-        length = upstream.content_length
-        whole: bytes | None = None
-        if length is not None and length <= WHOLE_MAX_BYTES:
-            try:
-                async with asyncio.timeout(idle_timeout_s):
-                    whole = await upstream.read()
-            except TimeoutError:
-                raise WorkerStalledError(f"no more of its answer in {idle_timeout_s:g} s") from None
-            except (aiohttp.ClientError, OSError) as error:
-                raise WorkerFailedError(describe(error)) from None
-        # Not every 404 is that: a route or a stored response may be what is not there.
-        missing = upstream.status == NOT_FOUND and whole is not None and MODEL_MISSING in whole
-        if missing and adapter and adapter.encode() in (whole or b""):
-            raise AdapterNotThereError
-        on_first_byte()
-        returned = CIMultiDict(
-            (name, value)
-            for name, value in upstream.headers.items()
-            if name.lower() not in NOT_RETURNED
-        )
-        returned.update(stamps)
-        if whole is not None:
-            answer.whole(whole)
-            return web.Response(status=upstream.status, headers=returned, body=whole)
-        response = web.StreamResponse(status=upstream.status, headers=returned)
-        if length is not None:
-            response.content_length = length
-        answer.begins(upstream.headers.get("Content-Type", ""))
-        await _stream(request, upstream, response, idle_timeout_s, answer, on_first_token)
-        return response
-
-
-async def _stream(
-    request: web.Request,
-    upstream: aiohttp.ClientResponse,
-    response: web.StreamResponse,
-    idle_timeout_s: float,
-    answer: Answer,
-    on_first_token: Callable[[], None],
-) -> None:
-    """Bytes from the worker to the client, as they come; neither may pause for long."""
-    await _to_client(response.prepare(request), idle_timeout_s)
-    content = upstream.content
+    upstream = pool.idle()
     while True:
+        if upstream is None:
+            upstream = await pool.connect()
+        one = passage()
+        client.upstream = upstream
+        upstream.ask(
+            one,
+            head,
+            body,
+            first_byte_timeout_s=first_byte_timeout_s,
+            idle_timeout_s=idle_timeout_s,
+        )
         try:
-            async with asyncio.timeout(idle_timeout_s):
-                chunk = await content.readany()
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise AnswerCutError(describe(error), client_gone=False) from None
-        if not chunk:
-            break
-        if answer.streamed and answer.first_byte_at is None:
-            on_first_token()
-        answer.passes(chunk)
-        await _to_client(response.write(chunk), idle_timeout_s)
-    await _to_client(response.write_eof(), idle_timeout_s)
-
-
-async def _to_client(sending: Awaitable[object], idle_timeout_s: float) -> None:
-    """Send; a client that takes nothing for so long is gone, and its place is another's."""
-    try:
-        async with asyncio.timeout(idle_timeout_s):
-            await sending
-    except (aiohttp.ClientError, OSError, TimeoutError) as error:
-        raise AnswerCutError(describe(error), client_gone=True) from None
+            return await one.over, one.closes
+        except StaleConnectionError:
+            upstream = None
+        except asyncio.CancelledError:
+            upstream.abandon()
+            client.upstream = None
+            raise

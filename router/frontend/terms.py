@@ -48,8 +48,8 @@ class TermsReader:
         self._usual = Terms(deadline_s=config.ttft_deadline_s)
 
     def read(self, headers: Mapping[str, str]) -> Terms:
-        """The terms of one request. Raises `ApiError` 400."""
-        if HEADERS.isdisjoint(map(str.lower, headers)):
+        """The terms of one request, its headers' names in lower case. Raises `ApiError` 400."""
+        if HEADERS.isdisjoint(headers):
             return self._usual
         tenant = self._tenants.get(headers.get(TENANT, ""))
         deadline_s = self._usual.deadline_s

@@ -1,7 +1,7 @@
 """Speaking to one worker: our own engine workers and stock vLLM servers, behind one interface.
 
-Each worker has a connection pool of its own, so that a slow one cannot take connections from the
-others. What goes wrong on the way is translated here, once, into the core's words.
+What manages a worker goes over aiohttp, clients' requests over its `UpstreamPool`. What goes wrong on
+the way is translated here, once, into the core's words.
 """
 
 import asyncio
@@ -27,8 +27,8 @@ from engine_worker.protocol import (
     WireError,
 )
 from router.core.job import AdapterRef, LoadError, LoadFault
+from router.workers.upstream import CONNECT_TIMEOUT_S, UpstreamPool
 
-CONNECT_TIMEOUT_S: Final = 5.0
 CONTROL_TIMEOUT_S: Final = 10.0
 LOAD_TIMEOUT_S: Final = 120.0
 STATE_TIMEOUT_S: Final = 5.0
@@ -52,8 +52,7 @@ class WorkerUnreachableError(Exception):
 class WorkerClient(Protocol):
     """One worker, from the router's side."""
 
-    session: aiohttp.ClientSession
-    url: str
+    upstreams: UpstreamPool
 
     async def load(self, adapter: AdapterId, path: Path, evict: AdapterId | None) -> int:
         """Make an adapter resident, then drop `evict`; the state's number. Raises `LoadError`."""
@@ -143,9 +142,16 @@ async def served_models(session: aiohttp.ClientSession, url: str) -> list[str]:
 class EngineWorkerClient:
     """One of our engine workers."""
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, worker_id: str) -> None:
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        url: str,
+        worker_id: str,
+        upstreams: UpstreamPool,
+    ) -> None:
         self.session = session
         self.url = url
+        self.upstreams = upstreams
         self._worker_id = worker_id
 
     async def load(self, adapter: AdapterId, path: Path, evict: AdapterId | None) -> int:
@@ -184,6 +190,7 @@ class EngineWorkerClient:
 
     async def close(self) -> None:
         """Close its connections."""
+        self.upstreams.close()
         await self.session.close()
 
 
@@ -196,9 +203,16 @@ class StockVllmClient:
     for the other one loads that again first.
     """
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, worker_id: str) -> None:
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        url: str,
+        worker_id: str,
+        upstreams: UpstreamPool,
+    ) -> None:
         self.session = session
         self.url = url
+        self.upstreams = upstreams
         self._worker_id = worker_id
         self._loads = 0
         self._paths: dict[AdapterId, Path] = {}
@@ -281,6 +295,7 @@ class StockVllmClient:
 
     async def close(self) -> None:
         """Close its connections."""
+        self.upstreams.close()
         await self.session.close()
 
 

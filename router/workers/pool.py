@@ -36,6 +36,7 @@ from router.workers.client import (
 )
 from router.workers.devices import NOTHING, Machine, device_environment, gpus_per_worker
 from router.workers.process import WorkerProcess
+from router.workers.upstream import UpstreamPool
 
 log = logging.getLogger("lorayard.workers")
 
@@ -194,7 +195,8 @@ class WorkerPool:
                 await self._boot(process, worker_id)
                 ready = True
                 session, url = open_session(process.address, token)
-                client = EngineWorkerClient(session, url, worker_id)
+                upstreams = UpstreamPool(process.address, token)
+                client = EngineWorkerClient(session, url, worker_id, upstreams)
                 backoff_s = BACKOFF_MIN_S
                 info = await read_info(session, url)
                 kv_tokens = info.kv_tokens if info is not None else 0
@@ -242,13 +244,15 @@ class WorkerPool:
     ) -> None:
         backoff_s = BACKOFF_MIN_S
         while True:
-            session, url = open_session(address, os.environ.get(TOKEN_ENV) or None)
+            token = os.environ.get(TOKEN_ENV) or None
+            session, url = open_session(address, token)
+            upstreams = UpstreamPool(address, token)
             try:
                 info = await read_info(session, url)
                 client: WorkerClient
                 if info is not None:
                     self._check_attached(address, info.model_id, info.max_loras)
-                    client = EngineWorkerClient(session, url, worker_id)
+                    client = EngineWorkerClient(session, url, worker_id, upstreams)
                     kind = f"{info.engine} {info.engine_version} engine worker"
                 else:
                     models = await served_models(session, url)
@@ -257,7 +261,7 @@ class WorkerPool:
                             f"{address} serves {', '.join(models)}, not `{self._llm.model_id}`; "
                             f"start it with --served-model-name {self._llm.model_id}"
                         )
-                    client = StockVllmClient(session, url, worker_id)
+                    client = StockVllmClient(session, url, worker_id, upstreams)
                     kind = "stock vLLM server"
                 log.info("%s: attached to the %s at %s", worker_id, kind, address)
                 backoff_s = BACKOFF_MIN_S

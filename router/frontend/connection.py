@@ -1,0 +1,360 @@
+"""A client's connection: its requests read by llhttp, and answered one after the other.
+
+What is passed on to a worker (`POST /v1/...`) is served here. Every other request goes, read whole, to
+the aiohttp application, which answers it as the last one on this connection.
+
+Nothing that a client sends is trusted: a head and a body have limits and must come in time, a second
+request that comes before the answer of the first waits and stops the reading, and what cannot be
+read is answered once, in OpenAI's shape, and ends the connection. A client that leaves ends its
+request at once, with all that was reserved for it.
+"""
+
+import asyncio
+import logging
+import re
+from collections import deque
+from collections.abc import Callable
+from enum import Enum, auto
+from math import inf
+from random import Random
+from typing import Final, Protocol, cast
+
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser, parse_url
+
+from router.frontend.errors import ApiError, too_large, unauthorized
+from router.frontend.relay import STATUS_LINES, AnswerCutError
+from router.frontend.request import Request, unpacked
+from router.patience import Patience
+from router.workers.upstream import Upstream
+
+log = logging.getLogger("lorayard.frontend")
+
+HEAD_MAX_BYTES: Final = 64 * 1024
+HEAD_TIMEOUT_S: Final = 20.0
+KEEPALIVE_S: Final = 75.0
+# After an answer that ends a connection, what the client still sends is taken in, for so long: were it
+# closed at once, the client would be told so before it has read the answer.
+LINGER_S: Final = 5.0
+REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
+CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+PASSED_ON: Final = "/v1/"
+
+
+class Reading(Enum):
+    """What of a request has been read."""
+
+    NOTHING = auto()
+    HEAD = auto()  # some of it
+    BODY = auto()  # the head, and perhaps some of the body
+    ENDED = auto()  # whatever comes is nobody's
+
+
+class Service(Protocol):
+    """What the requests are for. One for all connections of the process."""
+
+    max_body_bytes: int
+    idle_timeout_s: float
+    closing: bool
+    connections: "dict[ClientConnection, None]"
+
+    def accepts(self, headers: dict[str, str]) -> bool:
+        """Whether the headers carry a key, if one is needed."""
+
+    async def pass_on(self, request: Request, connection: "ClientConnection") -> bool:
+        """Answer the request through `connection`; whether another may follow on it.
+
+        Raises `ApiError` while nothing is sent, and `AnswerCutError` after.
+        """
+
+    def application(self) -> asyncio.Protocol:
+        """A protocol that answers everything else."""
+
+
+class ClientConnection(asyncio.Protocol):
+    """One connection. `write` sends bytes; `upstream` is the worker's, which is paused for it."""
+
+    __slots__ = (
+        "_body", "_body_bytes", "_busy", "_fault", "_head_bytes", "_loop", "_parser", "_patience",
+        "_reading", "_request", "_rng", "_service", "_task", "_transport", "_waiting", "upstream",
+        "write",
+    )  # fmt: skip
+
+    write: Callable[[bytes], None]
+
+    def __init__(self, service: Service, loop: asyncio.AbstractEventLoop, rng: Random) -> None:
+        self._service = service
+        self._loop = loop
+        self._rng = rng
+        self._transport: asyncio.Transport | None = None
+        self._parser: HttpRequestParser | None = None
+        self._patience = Patience(loop, self._expired)
+        self._reading = Reading.NOTHING
+        self._busy = False  # with an answer
+        self._request = Request()
+        self._head_bytes = 0
+        self._body: list[bytes] = []
+        self._body_bytes = 0
+        self._fault: ApiError | None = None
+        # Requests that came before the answer to the one before them; a fault is answered in its turn.
+        self._waiting: deque[Request | ApiError] = deque()
+        self._task: asyncio.Task[None] | None = None
+        self.upstream: Upstream | None = None
+
+    # The connection's side.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A client has come."""
+        # uvloop's has the methods of asyncio's, and is none.
+        self._transport = cast("asyncio.Transport", transport)
+        self.write = self._transport.write
+        self._parser = HttpRequestParser(self)
+        self._service.connections[self] = None
+        self._patience.wait(HEAD_TIMEOUT_S)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        """The client has left, or was left."""
+        self._service.connections.pop(self, None)
+        self._patience.end()
+        self._transport = None
+        self._parser = None  # each holds the other
+        self._waiting.clear()
+        if self.upstream is not None:
+            self.upstream.abandon()
+            self.upstream = None
+        if self._task is not None:
+            self._task.cancel()
+
+    def pause_writing(self) -> None:
+        """The client is slow."""
+        if self.upstream is not None:
+            self.upstream.pause()
+
+    def resume_writing(self) -> None:
+        """The client has caught up."""
+        if self.upstream is not None:
+            self.upstream.resume()
+
+    def data_received(self, data: bytes) -> None:
+        """Some of a request."""
+        if self._ended:
+            return
+        assert self._parser is not None
+        # What comes behind a head in the same read is not of a head, but it is no more than one read.
+        self._head_bytes += len(data)
+        try:
+            self._parser.feed_data(data)
+        except HttpParserUpgrade:
+            self._request.keep_alive = False  # no other protocol is spoken here
+        except HttpParserError as error:
+            if not self._ended:
+                self._refuse(self._fault or ApiError(400, f"This is not HTTP: {error}."))
+            return
+        if self._reading is Reading.HEAD and self._head_bytes > HEAD_MAX_BYTES:
+            self._refuse(ApiError(431, f"The head is larger than {HEAD_MAX_BYTES:,} bytes."))
+
+    @property
+    def _ended(self) -> bool:
+        return self._reading is Reading.ENDED
+
+    def _be_patient(self) -> None:
+        """Give the client as long as what it is to send may take."""
+        if self._busy:
+            self._patience.due = inf  # the worker's connection has the patience then
+        elif self._reading is Reading.NOTHING:
+            self._patience.wait(KEEPALIVE_S)
+        elif self._reading is Reading.HEAD:
+            self._patience.wait(HEAD_TIMEOUT_S)
+        else:
+            self._patience.wait(self._service.idle_timeout_s)
+
+    def _expired(self) -> None:
+        if self._reading is Reading.HEAD or self._reading is Reading.BODY:
+            self._refuse(ApiError(408, "The request did not come to its end in time."))
+        else:
+            self.abort()
+
+    # The parser's side.
+
+    def on_message_begin(self) -> None:
+        """A request begins, perhaps while another is answered."""
+        if self._reading is Reading.ENDED:
+            raise HttpParserError("nothing may follow")
+        self._reading = Reading.HEAD
+        self._request = Request()
+        self._body = []
+        self._body_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        """Some of its target."""
+        self._request.target += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header; one that comes after the body is nobody's."""
+        request = self._request
+        if request.arrived:
+            return
+        key, text = name.decode("latin-1").lower(), value.decode("latin-1")
+        request.fields.append((key, text))
+        request.headers.setdefault(key, text)
+
+    def on_headers_complete(self) -> None:
+        """The head is whole: say at once what is wrong with it."""
+        request, parser = self._request, self._parser
+        assert parser is not None
+        headers = request.headers
+        request.arrived = self._loop.time()
+        request.method = parser.get_method().decode()
+        request.http_1_0 = parser.get_http_version() == "1.0"
+        request.keep_alive = parser.should_keep_alive() and not request.http_1_0
+        given = headers.get("x-request-id", "")
+        request.id = given if REQUEST_ID.fullmatch(given) else self._new_id()
+        url = parse_url(request.target)
+        request.path = (url.path or b"/").decode("latin-1")
+        request.query = (url.query or b"").decode("latin-1")
+        limit = self._service.max_body_bytes
+        if int(headers.get("content-length", 0)) > limit:
+            self._fail(too_large(limit))
+        if request.path.startswith(PASSED_ON) and not self._service.accepts(headers):
+            self._fail(unauthorized())
+        self._reading = Reading.BODY
+        if not self._busy:
+            self._be_patient()
+            if "expect" in headers and not request.http_1_0:
+                self.write(CONTINUE)
+
+    def _new_id(self) -> str:
+        return f"{self._rng.getrandbits(128):032x}"
+
+    def on_body(self, data: bytes) -> None:
+        """Some of the body."""
+        self._body.append(data)
+        self._body_bytes += len(data)
+        if self._body_bytes > self._service.max_body_bytes:
+            self._fail(too_large(self._service.max_body_bytes))
+
+    def _fail(self, fault: ApiError) -> None:
+        """Stop the parser; what is wrong is told by whoever feeds it."""
+        self._fault = fault
+        raise fault
+
+    def on_message_complete(self) -> None:
+        """The request is whole."""
+        request = self._request
+        request.body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        self._body = []
+        self._head_bytes = 0
+        self._reading = Reading.NOTHING
+        if self._busy:
+            self._waiting.append(request)
+            if len(self._waiting) == 1 and self._transport is not None:
+                self._transport.pause_reading()
+        else:
+            self._begin(request)
+
+    # Answers.
+
+    def _begin(self, request: Request) -> None:
+        self._busy = True
+        self._patience.due = inf
+        if request.method == "POST" and request.path.startswith(PASSED_ON):
+            self._task = self._loop.create_task(self._serve(request))
+        else:
+            self._hand_over(request)
+
+    async def _serve(self, request: Request) -> None:
+        """Answer a request that is passed on, whatever happens."""
+        try:
+            encoding = request.headers.get("content-encoding")
+            if encoding is not None:
+                request.body = unpacked(request.body, encoding, self._service.max_body_bytes)
+            follows = await self._service.pass_on(request, self)
+        except ApiError as error:
+            follows = request.keep_alive and not self._service.closing
+            self._answer_fault(request, error, last=not follows)
+            return
+        except AnswerCutError:
+            self.abort()  # without its end, so that the client sees that the answer is not whole
+            return
+        except asyncio.CancelledError:
+            self.abort()
+            raise
+        except Exception:
+            log.exception("%s: a fault of the router", request.id)
+            message = "The router failed; its log has this request's id."
+            self._answer_fault(request, ApiError(500, message, kind="server_error"), last=True)
+            return
+        self._answered(last=not follows)
+
+    def _answer_fault(self, request: Request, error: ApiError, *, last: bool) -> None:
+        body = error.body()
+        status = STATUS_LINES[error.status].decode()
+        headers = "".join(f"{name}: {value}\r\n" for name, value in error.headers().items())
+        end = "connection: close\r\n" if last else ""
+        head = (
+            f"{status}{headers}content-length: {len(body)}\r\n"
+            f"x-request-id: {request.id}\r\n{error.stamps}{end}\r\n"
+        )
+        if self._transport is not None:
+            self.write(head.encode("latin-1") + body)
+        self._answered(last=last)
+
+    def _answered(self, *, last: bool) -> None:
+        """Go on to the next request, or to the end."""
+        self._task = None
+        self._busy = False
+        if self._transport is None:
+            return
+        if last:
+            self._linger()
+            return
+        self._be_patient()
+        if self._waiting:
+            waiting = self._waiting.popleft()
+            if not self._waiting:
+                self._transport.resume_reading()
+            if isinstance(waiting, ApiError):
+                self._answer_fault(self._request, waiting, last=True)
+            else:
+                self._begin(waiting)
+
+    def _refuse(self, fault: ApiError) -> None:
+        """Answer what cannot be read, in its turn, and nothing after it."""
+        self._reading = Reading.ENDED
+        self._request.id = self._request.id or self._new_id()
+        if self._busy:
+            self._waiting.append(fault)
+            return
+        self._answer_fault(self._request, fault, last=True)
+
+    def _linger(self) -> None:
+        assert self._transport is not None
+        self._reading = Reading.ENDED
+        self._waiting.clear()
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
+            if self._transport.can_write_eof():
+                self._transport.write_eof()
+            self._patience.wait(LINGER_S)
+
+    def _hand_over(self, request: Request) -> None:
+        """Give the connection to the application, for this request."""
+        assert self._transport is not None
+        application = self._service.application()
+        transport, self._transport = self._transport, None
+        self._parser = None
+        self._reading = Reading.ENDED
+        self._service.connections.pop(self, None)
+        self._patience.end()
+        transport.set_protocol(application)
+        application.connection_made(transport)
+        application.data_received(request.for_application())
+
+    def abort(self) -> None:
+        """Close at once."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def close_when_idle(self) -> None:
+        """Close, now or when the request that is under way has been answered."""
+        if not self._busy and self._transport is not None:
+            self._transport.close()

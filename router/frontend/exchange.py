@@ -1,0 +1,289 @@
+"""One request from its job to its outcome, over as many workers as its retries allow.
+
+The model is looked up before any worker is touched. Whatever happens, the lease is left, the outcome is
+counted once, and the answer carries `x-request-id`, `x-worker` and `x-adapter`.
+"""
+
+import asyncio
+import logging
+import re
+import time
+from typing import Final
+
+from router.adapters.store import StoreError
+from router.config import RouterConfig
+from router.core.job import AdapterRef, Job, LoadError, LoadFault, Outcome, Rejected
+from router.core.router import Lease
+from router.frontend.errors import ApiError, load_failed, model_not_found, rejected
+from router.frontend.head import BYTES_PER_TOKEN, Head
+from router.frontend.prefix import prefix_of
+from router.frontend.relay import AdapterNotThereError, AnswerCutError, Client, Passage, relay
+from router.frontend.request import Request
+from router.frontend.terms import Terms
+from router.model import ModelService
+from router.telemetry.answer import Answer
+from router.telemetry.metrics import Metrics
+from router.telemetry.recorder import Recorder, Recording
+from router.workers.upstream import WorkerFailedError, WorkerStalledError
+
+log = logging.getLogger("lorayard.frontend")
+
+SEGMENT: Final = re.compile(r"[A-Za-z0-9_.-]+")
+SESSION_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
+REFUSED_FROM: Final = 400
+FAILED_FROM: Final = 500
+
+
+def worker_path(path: str, query: str) -> str | None:
+    """The path and query to ask a worker for, or None where no route can be meant.
+
+    A worker has routes that are not for clients, so nothing may be left that some later reader could
+    take for a step upwards: each segment is plain, and the whole goes on as it was checked.
+    """
+    segments = path.split("/")
+    if not all(SEGMENT.fullmatch(segment) and segment not in {".", ".."} for segment in segments):
+        return None
+    return f"/v1/{path}?{query}" if query else f"/v1/{path}"
+
+
+class Exchange:
+    """Passes one request on. `outcome` is how it ended, once `run` has."""
+
+    __slots__ = (
+        "_body",
+        "_client",
+        "_config",
+        "_job",
+        "_last",
+        "_looked_again",
+        "_loop",
+        "_metrics",
+        "_model",
+        "_path",
+        "_recorder",
+        "_recording",
+        "_request",
+        "_stamps",
+        "_tokens",
+        "_worker_id",
+        "outcome",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        request: Request,
+        client: Client,
+        path: str,
+        head: Head,
+        terms: Terms,
+        model: ModelService,
+        adapter: AdapterRef | None,
+        *,
+        config: RouterConfig,
+        metrics: Metrics,
+        recorder: Recorder | None,
+        last: bool,
+    ) -> None:
+        self._request = request
+        self._client = client
+        self._path = path
+        self._model = model
+        self._config = config
+        self._metrics = metrics
+        self._recorder = recorder
+        self._last = last
+        self._loop = asyncio.get_running_loop()
+        self._looked_again = False
+        self._tokens = 0
+        self._worker_id = "none"
+        self._stamps = ""
+        self.outcome = Outcome.CLIENT_GONE  # until another is known: cancelled before an answer
+        body = request.body
+        self._job = Job(
+            request.id,
+            adapter,
+            prompt_tokens=len(body) // BYTES_PER_TOKEN,
+            max_output_tokens=head.output_tokens,
+            tenant=terms.tenant,
+            priority=terms.priority,
+            deadline=None if terms.deadline_s is None else request.arrived + terms.deadline_s,
+            refuse_cold=terms.refuse_cold,
+            prefix=prefix_of(body),
+        )
+        self._recording: Recording | None = None
+        if recorder is not None:
+            session_id = request.headers.get("x-session-id", "")
+            self._recording = recorder.begin(
+                self._job,
+                model.model_id,
+                session_id=session_id if SESSION_ID.fullmatch(session_id) else "",
+                body=body,
+            )
+
+    async def run(self) -> bool:
+        """Answer the client; whether another answer may follow on its connection.
+
+        Raises `ApiError` where that is the answer, and `AnswerCutError` where there is half of one.
+        """
+        try:
+            return await self._run()
+        except ApiError as error:
+            if self._stamps:
+                error.stamps = self._stamps
+            raise
+        except (AnswerCutError, asyncio.CancelledError):
+            raise
+        except Exception:
+            self.outcome = Outcome.ROUTER_FAILED
+            raise
+        finally:
+            self._ended()
+
+    def _ended(self) -> None:
+        """Count the request, and hand it to the recorder, now that its outcome is known."""
+        metrics, name = self._metrics, self._model.model_id
+        metrics.ended(name, self.outcome)
+        if self._job.tenant:
+            metrics.tenant_ended(name, self._job.tenant, self.outcome, self._tokens)
+        if self._recording is not None:
+            assert self._recorder is not None
+            self._recorder.end(self._recording, self.outcome)
+
+    async def _run(self) -> bool:
+        left = self._config.max_retries
+        while True:
+            self.outcome = Outcome.CLIENT_GONE
+            lease = self._model.router.lease(self._job)
+            if self._recording is not None:
+                self._recording.leases.append(lease)
+            try:
+                async with lease:
+                    return await self._relay(lease)
+            except Rejected as error:
+                self.outcome = error.outcome
+                raise rejected(error) from None
+            except LoadError as error:
+                self.outcome = Outcome.LOAD_FAILED
+                if self._recording is not None and error.worker is not None:
+                    self._recording.worker = error.worker
+                if await self._knows_a_newer(error):
+                    continue  # no worker failed, so it costs no retry
+                if not left or error.fault is not LoadFault.WORKER:
+                    raise load_failed(error) from None
+                if error.worker is not None:
+                    self._job.avoid = (*self._job.avoid, error.worker)
+            except WorkerStalledError as error:
+                self.outcome = Outcome.WORKER_STALLED
+                if not left:
+                    raise self._worker_error(504, error) from None
+            except (WorkerFailedError, AdapterNotThereError) as error:
+                self.outcome = Outcome.WORKER_FAILED
+                if not left:
+                    raise self._worker_error(502, error) from None
+            left -= 1
+            self._metrics.retried(self._model.model_id)
+
+    async def _knows_a_newer(self, error: LoadError) -> bool:
+        """Whether the adapter had changed in the store, and the job is for what it is now; once."""
+        if error.fault is not LoadFault.ADAPTER_CHANGED or self._looked_again:
+            return False
+        self._looked_again = True
+        assert self._job.adapter is not None
+        try:
+            adapter = await self._model.find(self._job.adapter.name, afresh=True)
+        except StoreError:
+            return False
+        if adapter is None:
+            raise model_not_found(self._job.adapter.model_id) from None
+        self._job.adapter = adapter
+        return True
+
+    def _worker_error(self, status: int, error: Exception) -> ApiError:
+        return ApiError(
+            status,
+            f"Worker {self._worker_id} failed before its answer: {error}.",
+            kind="server_error",
+            code=self.outcome.value,
+        )
+
+    async def _relay(self, lease: Lease) -> bool:
+        name, job, request, config = self._model.model_id, self._job, self._request, self._config
+        worker_id = self._worker_id = lease.worker.id
+        self._stamps = f"x-worker: {worker_id}\r\nx-adapter: {lease.use.value}\r\n"
+        if lease.queued_s:
+            self._metrics.queued(name, lease.queued_s)
+        answer = Answer(time.monotonic if self._recorder is None else self._recorder.clock)
+        if self._recording is not None:
+            self._recording.worker = worker_id
+            self._recording.adapter_use = lease.use
+            self._recording.answer = answer
+        # A retry, if there is one, should go elsewhere.
+        job.avoid = (*job.avoid, worker_id)
+        client = self._model.pool.client(worker_id)
+        if client is None:
+            raise WorkerFailedError("it is gone")
+        adapter = job.adapter
+
+        def passage() -> Passage:
+            return Passage(
+                self._client,
+                chunked=not request.http_1_0,
+                last=self._last,
+                stamps=f"x-request-id: {request.id}\r\n{self._stamps}".encode(),
+                adapter=adapter.model_id.encode() if adapter else b"",
+                answer=answer,
+                on_first_byte=self._first_byte,
+                on_first_token=lease.first_token,
+            )
+
+        try:
+            if adapter is not None:
+                await client.activate(adapter)
+            version = adapter.version if adapter else ""
+            status, closes = await relay(
+                passage,
+                self._client,
+                client.upstreams,
+                request.for_worker(self._path, version, client.upstreams.headers),
+                request.body,
+                first_byte_timeout_s=config.first_byte_timeout_s,
+                idle_timeout_s=config.idle_timeout_s,
+            )
+            self._count(lease, answer, status)
+        except asyncio.CancelledError:
+            self._count(lease, answer)
+            raise
+        except AdapterNotThereError:
+            assert adapter is not None
+            log.warning("%s does not hold %s, which it should", worker_id, adapter.model_id)
+            self._model.router.disown(lease.worker, adapter)
+            raise AdapterNotThereError("it has lost the adapter") from None
+        except AnswerCutError as error:
+            self.outcome = Outcome.CLIENT_GONE if error.client_gone else Outcome.WORKER_FAILED
+            self._count(lease, answer)
+            log.warning("%s: answer of %s was cut off: %s", job.id, worker_id, error)
+            raise
+        if status >= FAILED_FROM:
+            self.outcome = Outcome.WORKER_FAILED
+        else:
+            self.outcome = Outcome.COMPLETED if status < REFUSED_FROM else Outcome.REFUSED
+        self._metrics.placed(job, lease.use)
+        self._metrics.answered(name, self._loop.time() - request.arrived)
+        return not closes
+
+    def _first_byte(self) -> None:
+        self._metrics.first_byte(self._model.model_id, self._loop.time() - self._request.arrived)
+
+    def _count(self, lease: Lease, answer: Answer, status: int | None = None) -> None:
+        """Tell the core how many tokens there were; those that came, of an answer that was cut off."""
+        usage = answer.usage()
+        prompt = None if usage is None else usage.input_tokens
+        output = None if usage is None else usage.output_tokens
+        if output is None:
+            output = answer.events or None
+        if output is None:
+            if status is None or status < REFUSED_FROM:
+                return  # not known: the quota keeps what was reserved, unless it was cut off
+            prompt = output = 0  # the engine refused it, and computed nothing
+        self._tokens = output + (self._job.prompt_tokens if prompt is None else prompt)
+        lease.answered(output, prompt)

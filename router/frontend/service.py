@@ -1,0 +1,136 @@
+"""The front end of one process: the connections of its clients, what they ask for, and its end."""
+
+import asyncio
+import socket
+from random import Random
+
+from aiohttp import web
+
+from router.config import RouterConfig
+from router.frontend.app import application
+from router.frontend.auth import Keys
+from router.frontend.connection import ClientConnection
+from router.frontend.errors import ApiError
+from router.frontend.exchange import Exchange, worker_path
+from router.frontend.head import parse_head
+from router.frontend.models import Models
+from router.frontend.request import Request
+from router.frontend.terms import TermsReader
+from router.telemetry.metrics import Metrics
+from router.telemetry.recorder import Recorder
+
+# Of one worker alone in vLLM; here the store and the router decide what is loaded.
+NOT_PASSED_ON = frozenset({"load_lora_adapter", "unload_lora_adapter"})
+APPLICATION_SHUTDOWN_S = 1.0
+BACKLOG = 4096
+
+
+class Frontend:
+    """Serves the models to clients. To be made inside a running loop."""
+
+    def __init__(
+        self,
+        models: Models,
+        config: RouterConfig,
+        metrics: Metrics,
+        keys: Keys,
+        recorder: Recorder | None = None,
+    ) -> None:
+        self.max_body_bytes = config.max_body_bytes
+        self.idle_timeout_s = config.idle_timeout_s
+        self.closing = False
+        self.connections: dict[ClientConnection, None] = {}
+        self._models = models
+        self._config = config
+        self._metrics = metrics
+        self._keys = keys
+        self._recorder = recorder
+        self._terms = TermsReader(config)
+        self._loop = asyncio.get_running_loop()
+        self._rng = Random()
+        self._in_flight = 0
+        self._server: asyncio.Server | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        app = application(models, metrics, keys, max_body_bytes=config.max_body_bytes)
+        self._pages = web.AppRunner(
+            app,
+            handler_cancellation=True,
+            access_log=None,
+            shutdown_timeout=APPLICATION_SHUTDOWN_S,
+        )
+
+    async def start(self, listener: socket.socket) -> None:
+        """Accept connections."""
+        await self._pages.setup()
+        self._server = await self._loop.create_server(
+            lambda: ClientConnection(self, self._loop, self._rng), sock=listener, backlog=BACKLOG
+        )
+
+    def application(self) -> asyncio.Protocol:
+        """The protocol of one that is the application's."""
+        assert self._pages.server is not None
+        return self._pages.server()
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are being passed on."""
+        return self._in_flight
+
+    def accepts(self, headers: dict[str, str]) -> bool:
+        """Whether the headers carry a key, if one is needed."""
+        return self._keys.accept(headers)
+
+    async def pass_on(self, request: Request, connection: ClientConnection) -> bool:
+        """Have a worker answer a request; whether another may follow on its connection.
+
+        Raises `ApiError` while nothing is sent, and `AnswerCutError` after.
+        """
+        route = request.path.removeprefix("/v1/")
+        if route in NOT_PASSED_ON:
+            raise ApiError(
+                404, "Adapters are loaded when they are asked for; put new ones into the store."
+            )
+        path = worker_path(route, request.query)
+        if path is None:
+            raise ApiError(404, f"No route {request.path}.")
+        terms = self._terms.read(request.headers)
+        head = parse_head(request.body)
+        model, adapter = await self._models.resolve(head.model)
+        self._in_flight += 1
+        self._idle.clear()
+        try:
+            exchange = Exchange(
+                request,
+                connection,
+                path,
+                head,
+                terms,
+                model,
+                adapter,
+                config=self._config,
+                metrics=self._metrics,
+                recorder=self._recorder,
+                last=self.closing or not request.keep_alive,
+            )
+            return await exchange.run()
+        finally:
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._idle.set()
+
+    async def drained(self) -> None:
+        """Close what is idle, and return when no request is being passed on."""
+        self.closing = True
+        for connection in tuple(self.connections):
+            connection.close_when_idle()
+        await self._idle.wait()
+
+    async def aclose(self) -> None:
+        """Accept no more, and cut off whatever is left."""
+        if self._server is not None:
+            self._server.close()
+        for connection in tuple(self.connections):
+            connection.abort()
+        await self._idle.wait()
+        await self._pages.cleanup()
