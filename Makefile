@@ -26,7 +26,10 @@ OVERRIDES := --overrides requirements/overrides.txt
 PARALLEL := --numprocesses 3 --dist loadgroup
 # Built as C extensions in place (setup.py): a change of one has to be built again.
 COMPILED := router/core/demand.py router/core/policies/cost.py router/core/residency.py \
-	router/core/shares.py router/core/timing.py sim/engine.py sim/host.py sim/kv.py
+	router/core/shares.py router/core/timing.py router/frontend/connection.py \
+	router/frontend/exchange.py router/frontend/relay.py router/frontend/request.py \
+	router/patience.py router/telemetry/answer.py router/workers/upstream.py \
+	sim/engine.py sim/host.py sim/kv.py
 CACHE := .lorayard
 MODEL := $(CACHE)/smollm2-135m
 
@@ -126,4 +129,4 @@ demo-adapters: install-train  ## train the demonstration's adapters again (12 mi
 	$(PY) -m engine_worker.demo train $(MODEL) configs/demo-adapters
 
 clean:  ## remove what was built: environments, demo model, caches
-	rm -rf build sim/*.so router/core/*.so router/core/policies/*.so lorayard__mypyc*.so $(VENV) $(VENV)-lowest $(CACHE) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	find router sim -name '*.so' -delete; rm -rf build lorayard__mypyc*.so $(VENV) $(VENV)-lowest $(CACHE) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

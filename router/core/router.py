@@ -37,6 +37,7 @@ COLD: Final = AdapterUse.COLD
 CLAIMS_AT_ONCE: Final = 16
 # After so many patiences another slot is closed instead: this one has a long answer in it.
 CLAIM_PATIENCES: Final = 4
+AGAIN_MIN_S: Final = 0.001
 # How many that would rather wait are passed over when a worker has room.
 REFUSALS_MAX: Final = 32
 
@@ -231,6 +232,7 @@ class Router:
         self._kept: dict[int, Worker] = {}  # workers that are kept for one that needs much memory
         self._patience: asyncio.TimerHandle | None = None
         self._again: asyncio.TimerHandle | None = None
+        self._again_at = math.inf
         self._replicas = Replicas(fleet, self.warm) if policy.replicates else None
         self._ticking: asyncio.TimerHandle | None = None
         self._closed = False
@@ -468,7 +470,7 @@ class Router:
         queue = self._queue
         if not queue:
             return self._try_grant(job)
-        if self._again is not None and self._again.when() <= self.loop.time():
+        if self._again_at <= self.loop.time():
             self._serve_open()  # those who wait for this moment go first
         if not self.fleet.ready:
             self._observer.waits(job, Decision(None, nobody(self.fleet, job.adapter)))
@@ -599,12 +601,13 @@ class Router:
 
     def _ask_again(self, at: float) -> None:
         """Serve who waits at that time, when a worker that is full now will have room."""
-        if math.isinf(at) or self._closed:
+        # A clock that counts milliseconds, as uvloop's does, would be asked until it has moved.
+        at = max(at, self.loop.time() + AGAIN_MIN_S)
+        if math.isinf(at) or self._closed or self._again_at <= at:
             return
         if self._again is not None:
-            if self._again.when() <= at:
-                return
             self._again.cancel()
+        self._again_at = at  # kept here: not every loop's handle tells it
         self._again = self.loop.call_at(at, self._serve_open)
 
     def _serve_open(self) -> None:
@@ -612,6 +615,7 @@ class Router:
         if self._again is not None:
             self._again.cancel()
             self._again = None
+            self._again_at = math.inf
         for worker in tuple(self.fleet.ready):
             if not self._queue:
                 return

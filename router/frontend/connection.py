@@ -17,9 +17,16 @@ from collections.abc import Callable
 from enum import Enum, auto
 from math import inf
 from random import Random
-from typing import Final, Protocol, cast
+from typing import Any, Final, NoReturn, Protocol, cast
 
-from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser, parse_url
+from httptools import (
+    HttpParserCallbackError,
+    HttpParserError,
+    HttpParserInvalidURLError,
+    HttpParserUpgrade,
+    HttpRequestParser,
+    parse_url,
+)
 
 from router.frontend.errors import ApiError, too_large, unauthorized
 from router.frontend.relay import STATUS_LINES, AnswerCutError
@@ -70,8 +77,11 @@ class Service(Protocol):
         """A protocol that answers everything else."""
 
 
-class ClientConnection(asyncio.Protocol):
-    """One connection. `write` sends bytes; `upstream` is the worker's, which is paused for it."""
+class ClientConnection:
+    """One connection. `write` sends bytes; `upstream` is the worker's, which is paused for it.
+
+    An asyncio.Protocol in all but its base, which a compiled class cannot have.
+    """
 
     __slots__ = (
         "_body", "_body_bytes", "_busy", "_fault", "_head_bytes", "_loop", "_parser", "_patience",
@@ -111,6 +121,9 @@ class ClientConnection(asyncio.Protocol):
         self._service.connections[self] = None
         self._patience.wait(HEAD_TIMEOUT_S)
 
+    def eof_received(self) -> None:
+        """The client sends no more: it has left."""
+
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         """The client has left, or was left."""
         self._service.connections.pop(self, None)
@@ -147,10 +160,17 @@ class ClientConnection(asyncio.Protocol):
             self._request.keep_alive = False  # no other protocol is spoken here
         except HttpParserError as error:
             if not self._ended:
-                self._refuse(self._fault or ApiError(400, f"This is not HTTP: {error}."))
+                self._refuse(self._fault or self._told(error))
             return
         if self._reading is Reading.HEAD and self._head_bytes > HEAD_MAX_BYTES:
             self._refuse(ApiError(431, f"The head is larger than {HEAD_MAX_BYTES:,} bytes."))
+
+    def _told(self, error: HttpParserError) -> ApiError:
+        """What a failed parse says: where one of our own callbacks failed, it is no client's fault."""
+        if not isinstance(error, HttpParserCallbackError):
+            return ApiError(400, f"This is not HTTP: {error}.")
+        log.error("a fault of the router while it read a request", exc_info=error)
+        return ApiError(500, "The router failed; its log has why.", kind="server_error")
 
     @property
     def _ended(self) -> bool:
@@ -208,7 +228,10 @@ class ClientConnection(asyncio.Protocol):
         request.keep_alive = parser.should_keep_alive() and not request.http_1_0
         given = headers.get("x-request-id", "")
         request.id = given if REQUEST_ID.fullmatch(given) else self._new_id()
-        url = parse_url(request.target)
+        try:
+            url: Any = parse_url(request.target)  # its stubs do not say that parts may be None
+        except HttpParserInvalidURLError:
+            self._fail(ApiError(400, "The request's target is no path."))
         request.path = (url.path or b"/").decode("latin-1")
         request.query = (url.query or b"").decode("latin-1")
         limit = self._service.max_body_bytes
@@ -232,7 +255,7 @@ class ClientConnection(asyncio.Protocol):
         if self._body_bytes > self._service.max_body_bytes:
             self._fail(too_large(self._service.max_body_bytes))
 
-    def _fail(self, fault: ApiError) -> None:
+    def _fail(self, fault: ApiError) -> NoReturn:
         """Stop the parser; what is wrong is told by whoever feeds it."""
         self._fault = fault
         raise fault

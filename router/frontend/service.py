@@ -3,6 +3,7 @@
 import asyncio
 import socket
 from random import Random
+from typing import cast
 
 from aiohttp import web
 
@@ -64,8 +65,11 @@ class Frontend:
         """Accept connections."""
         await self._pages.setup()
         self._server = await self._loop.create_server(
-            lambda: ClientConnection(self, self._loop, self._rng), sock=listener, backlog=BACKLOG
+            self._connection, sock=listener, backlog=BACKLOG
         )
+
+    def _connection(self) -> asyncio.Protocol:
+        return cast("asyncio.Protocol", ClientConnection(self, self._loop, self._rng))
 
     def application(self) -> asyncio.Protocol:
         """The protocol of one that is the application's."""

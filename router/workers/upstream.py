@@ -61,13 +61,31 @@ class Reader(Protocol):
         """It will never be whole."""
 
 
-class Upstream(asyncio.Protocol):
-    """One connection to a worker, and the answer that is under way on it, if one is."""
+class Upstream:
+    """One connection to a worker, and the answer that is under way on it, if one is.
+
+    An asyncio.Protocol in all but its base, which a compiled class cannot have.
+    """
 
     __slots__ = (
-        "_buffered", "_complete", "_content_length", "_framed", "_headers", "_heads", "_idle_s",
-        "_in_body", "_loop", "_parser", "_patience", "_pool", "_reader", "_received", "_transport",
-        "_uses", "paused",
+        "_buffered",
+        "_complete",
+        "_content_length",
+        "_framed",
+        "_headers",
+        "_heads",
+        "_idle_s",
+        "_in_body",
+        "_loop",
+        "_parser",
+        "_patience",
+        "_pool",
+        "_reader",
+        "_received",
+        "_reusable",
+        "_transport",
+        "_uses",
+        "paused",
     )  # fmt: skip
 
     def __init__(self, pool: "UpstreamPool", loop: asyncio.AbstractEventLoop) -> None:
@@ -90,6 +108,7 @@ class Upstream(asyncio.Protocol):
         self._in_body = False
         self._complete = False
         self._framed = False
+        self._reusable = False
         self._content_length: int | None = None
 
     # For whoever asks.
@@ -238,7 +257,7 @@ class Upstream(asyncio.Protocol):
         reader, self._reader = self._reader, None
         assert self._parser is not None
         assert reader is not None
-        reusable = self._framed and self._parser.should_keep_alive()
+        reusable = self._reusable
         if self.paused:
             assert self._transport is not None
             self.paused = False
@@ -264,6 +283,15 @@ class Upstream(asyncio.Protocol):
             self._fail(WorkerStalledError("it did not begin its answer in time"))
         else:
             self._fail(WorkerStalledError(f"no more of its answer in {self._idle_s:g} s"))
+
+    def eof_received(self) -> None:
+        """The worker sends no more: the connection is closed."""
+
+    def pause_writing(self) -> None:
+        """A request is bounded, and all of it is written: there is nothing to put off."""
+
+    def resume_writing(self) -> None:
+        """See `pause_writing`."""
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The worker has closed it, or it was closed here."""
@@ -298,7 +326,11 @@ class Upstream(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         """A head is whole."""
+        assert self._parser is not None
         self._heads += 1
+        self._reusable = (
+            self._framed and self._parser.should_keep_alive()
+        )  # no longer known at the end
 
     def on_message_begin(self) -> None:
         """Another answer begins; while one is not yet handed on, that is one too many."""
@@ -356,14 +388,16 @@ class UpstreamPool:
         """A new connection. Raises `WorkerFailedError`."""
         loop = asyncio.get_running_loop()
         upstream = Upstream(self, loop)
+
+        def protocol() -> asyncio.Protocol:
+            return cast("asyncio.Protocol", upstream)
+
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 if self._socket is not None:
-                    await loop.create_unix_connection(lambda: upstream, self._socket)
+                    await loop.create_unix_connection(protocol, self._socket)
                 else:
-                    await loop.create_connection(
-                        lambda: upstream, self._host, self._port, ssl=self._ssl
-                    )
+                    await loop.create_connection(protocol, self._host, self._port, ssl=self._ssl)
         except TimeoutError:
             raise WorkerFailedError(f"no connection within {CONNECT_TIMEOUT_S:g} s") from None
         except OSError as error:
