@@ -64,8 +64,8 @@ class Service(Protocol):
     closing: bool
     connections: "dict[ClientConnection, None]"
 
-    def accepts(self, headers: dict[str, str]) -> bool:
-        """Whether the headers carry a key, if one is needed."""
+    def accepts(self, request: Request) -> bool:
+        """Whether the request carries a key, if one is needed."""
 
     async def pass_on(self, request: Request, connection: "ClientConnection") -> bool:
         """Answer the request through `connection`; whether another may follow on it.
@@ -213,21 +213,18 @@ class ClientConnection:
         request = self._request
         if request.arrived:
             return
-        key, text = name.decode("latin-1").lower(), value.decode("latin-1")
-        request.fields.append((key, text))
-        request.headers.setdefault(key, text)
+        request.add(name, value)
 
     def on_headers_complete(self) -> None:
         """The head is whole: say at once what is wrong with it."""
         request, parser = self._request, self._parser
         assert parser is not None
-        headers = request.headers
         request.arrived = self._loop.time()
-        request.method = parser.get_method().decode()
+        request.method = parser.get_method()
         request.http_1_0 = parser.get_http_version() == "1.0"
         request.keep_alive = parser.should_keep_alive() and not request.http_1_0
-        given = headers.get("x-request-id", "")
-        request.id = given if REQUEST_ID.fullmatch(given) else self._new_id()
+        given = request.get(b"x-request-id")
+        request.id = given if given and REQUEST_ID.fullmatch(given) else self._new_id()
         try:
             url: Any = parse_url(request.target)  # its stubs do not say that parts may be None
         except HttpParserInvalidURLError:
@@ -235,14 +232,14 @@ class ClientConnection:
         request.path = (url.path or b"/").decode("latin-1")
         request.query = (url.query or b"").decode("latin-1")
         limit = self._service.max_body_bytes
-        if int(headers.get("content-length", 0)) > limit:
+        if int(request.get(b"content-length") or 0) > limit:
             self._fail(too_large(limit))
-        if request.path.startswith(PASSED_ON) and not self._service.accepts(headers):
+        if request.path.startswith(PASSED_ON) and not self._service.accepts(request):
             self._fail(unauthorized())
         self._reading = Reading.BODY
         if not self._busy:
             self._be_patient()
-            if "expect" in headers and not request.http_1_0:
+            if request.get(b"expect") and not request.http_1_0:
                 self.write(CONTINUE)
 
     def _new_id(self) -> str:
@@ -279,7 +276,7 @@ class ClientConnection:
     def _begin(self, request: Request) -> None:
         self._busy = True
         self._patience.due = inf
-        if request.method == "POST" and request.path.startswith(PASSED_ON):
+        if request.method == b"POST" and request.path.startswith(PASSED_ON):
             self._task = self._loop.create_task(self._serve(request))
         else:
             self._hand_over(request)
@@ -287,7 +284,7 @@ class ClientConnection:
     async def _serve(self, request: Request) -> None:
         """Answer a request that is passed on, whatever happens."""
         try:
-            encoding = request.headers.get("content-encoding")
+            encoding = request.get(b"content-encoding")
             if encoding is not None:
                 request.body = unpacked(request.body, encoding, self._service.max_body_bytes)
             follows = await self._service.pass_on(request, self)
