@@ -119,7 +119,7 @@ class Policy:
 def with_room(fleet: Fleet, job: Job, rng: Random) -> Worker | None:
     """A less busy worker that is not overloaded and can give the adapter a slot.
 
-    Two draws first; only where neither will do are all looked at.
+    Two draws first; only where neither will do are all in reach looked at.
     """
     ready = fleet.ready
     drawn = less_busy_of_two(ready, rng)
@@ -129,12 +129,16 @@ def with_room(fleet: Fleet, job: Job, rng: Random) -> Worker | None:
 
 
 def eligible(job: Job, fleet: Fleet) -> list[Worker]:
-    """Who may take the job under any policy, in no order that means anything. O(workers).
+    """Who may take the job under any policy, in no order that means anything. O(those in reach).
 
     The bounds are the router's: the worker accepts, is not overloaded, and holds the adapter or can
     give it a slot. Those that failed the job are left out, unless nobody else is left.
     """
-    able = [worker for worker in fleet.ready if worker.can_serve(job.adapter, job.tenant)]
+    able = [
+        worker
+        for worker in fleet.within_reach(job.adapter)
+        if worker.can_serve(job.adapter, job.tenant)
+    ]
     if job.avoid:
         able = [worker for worker in able if worker.id not in job.avoid] or able
     return able

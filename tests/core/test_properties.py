@@ -99,6 +99,16 @@ def check(cluster: Cluster, workers: list[Worker]) -> None:
     for name in NAMES:
         for worker in fleet.holders(ref(name)):
             assert worker.slots.get(ref(name)) is not None, "a holder that holds nothing"
+    for adapter in (None, *map(ref, NAMES)):
+        holders = fleet.holders(adapter) if adapter else ()
+        reach = [
+            worker
+            for worker in fleet.ready
+            if adapter is None or worker in holders or worker.slots.idle or worker.slots.free > 0
+        ]
+        assert list(fleet.within_reach(adapter)) == reach
+        for worker in fleet.ready:
+            assert worker in reach or not worker.can_serve(adapter), "out of reach, and can serve"
     queue = cluster.router._queue
     waiting = list(queue)
     assert len(waiting) == len(queue) <= MAX_QUEUED

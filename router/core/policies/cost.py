@@ -21,7 +21,8 @@ its deadline would be missed.
 Terms: predicted wait as in Llumnix and Mooncake; the batch's slowdown by its distinct adapters as in
 CaraServe's rank-aware scheduling; the residence time of an idle slot is Che's characteristic time.
 Pure: reads the fleet, changes nothing. Cost: O(candidates), which are the holders, those with the
-adapter in host memory and a few others; all only of a small fleet, or where none of those has room.
+adapter in host memory and a few others; all of a small fleet; and where none of those has room, who
+holds the adapter or has a slot to give: nobody where every slot is in use.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -133,7 +134,10 @@ class Cost(Policy):
             worker.ready_index >= 0 and worker.can_serve(job.adapter, job.tenant) for worker in able
         ):
             return able
-        return fleet  # those drawn have no room: rather look at all than say that nobody has
+        # Those drawn have no room: rather look at all that may have it than say that nobody has.
+        for worker in sorted(fleet.within_reach(job.adapter), key=_number):
+            chosen[worker.id] = worker
+        return chosen.values()
 
 
 class _Weighing:
@@ -274,6 +278,10 @@ class _Weighing:
         soon = 1.0 - exp(-rate * stay_s)
         reload_s = self.reload_s + others_stall_s * OTHERS_WEIGHT
         return HARM_WEIGHT * soon * reload_s / max(1, fleet.holder_count(victim))
+
+
+def _number(worker: Worker) -> int:
+    return worker.number
 
 
 def _is_kept(slots: SlotCache, adapter: AdapterRef) -> bool:
