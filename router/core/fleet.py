@@ -233,7 +233,8 @@ class Fleet:
         self._joined += 1
         worker.number = self._joined
         worker.slots.pins = self.pins
-        worker.slots.shares.tenants = worker.places.tenants = self.tenants
+        worker.slots.shares.join(self.tenants, self.tenants.slots)
+        worker.places.join(self.tenants, self.tenants.places)
         self._slots += worker.slots.capacity
         for slot in worker.slots:
             self._index(worker, slot)
@@ -247,6 +248,8 @@ class Fleet:
         for slot in worker.slots:
             self._unindex(worker, slot)
         self._slots -= worker.slots.capacity
+        worker.slots.shares.leave()
+        worker.places.leave()
         self._hosts(worker, {})
         self.prefixes.forget(worker.id)
 

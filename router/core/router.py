@@ -228,6 +228,7 @@ class Router:
         self._fetching = 0  # jobs that wait for one
         # Slots that were closed, by the waiter for whom.
         self._claims: dict[int, tuple[Worker, Slot]] = {}
+        self._headroom: dict[Worker, Slot] = {}  # slots that were closed so that one falls idle
         self._kept: dict[int, Worker] = {}  # workers that are kept for one that needs much memory
         self._patience: asyncio.TimerHandle | None = None
         self._again: asyncio.TimerHandle | None = None
@@ -498,7 +499,12 @@ class Router:
         if job.deadline is not None and (last := self._last_moment(job, job.deadline)) < until:
             until, outcome = max(now, last), Outcome.DEADLINE
             if (rate := self._drain_rate.fresh(now)) > 0.0:
-                wait_s = (queue.ahead_of(tag) + 1) / rate
+                # By the order of the queue; or, whatever others have in it, by its tenant's own jobs
+                # there at the rate that is its tenant's due.
+                own_rate = rate * self.fleet.tenants.share(job.tenant)
+                wait_s = min(
+                    (queue.ahead_of(tag) + 1) / rate, (queue.waiting_of(job.tenant) + 1) / own_rate
+                )
                 if now + wait_s > last:
                     raise Rejected(
                         outcome,
@@ -668,9 +674,8 @@ class Router:
             if worker.slots.closed is not None or worker.id in waiter.job.avoid:
                 continue
             tenant, shares = waiter.job.tenant, worker.slots.shares
-            entitled = shares.entitled(tenant)
             for slot in worker.slots:
-                if slot.tenant != tenant and not (entitled and shares.beyond(slot.tenant)):
+                if slot.tenant != tenant and not shares.yields(slot.tenant, tenant):
                     continue
                 if slot.phase is RESIDENT and slot.users and not slot.pinned:
                     # One that was closed for it before, and has not fallen idle, comes last.
@@ -686,6 +691,40 @@ class Router:
             self._claims[waiter.seq] = chosen
             waiter.tried.append(chosen[1])
             waiter.claim_until = self.loop.time() + CLAIM_PATIENCES * self.slot_patience_s
+
+    def _keep_headroom(self, worker: Worker) -> None:
+        """A slot has come into use: close one of who leaves the others too few, so that it falls idle.
+
+        Answers hold a slot for seconds: who has a right to one, and asks, would get it too late.
+        """
+        slots = worker.slots
+        if slots.closed is not None:
+            return
+        left = slots.capacity - slots.in_use
+        yields: dict[str, bool] = {}
+        best: tuple[int, int] | None = None
+        chosen: Slot | None = None
+        for slot in slots:
+            if slot.phase is not RESIDENT or not slot.users or slot.pinned:
+                continue
+            tenant = slot.tenant
+            if tenant not in yields:
+                yields[tenant] = slots.shares.must_yield(tenant, left)
+            if yields[tenant]:
+                rank = (slot.users, -self.fleet.holder_count(slot.adapter))
+                if best is None or rank < best:
+                    best, chosen = rank, slot
+        if chosen is not None:
+            self.fleet.close_slot(worker, chosen)
+            self._headroom[worker] = chosen
+
+    def _end_headroom(self, worker: Worker) -> None:
+        """The slot that was closed is idle, or gone: open it, since it is kept by what it is now."""
+        slot = self._headroom.get(worker)
+        if slot is not None and (not slot.users or worker.slots.closed is not slot):
+            del self._headroom[worker]
+            self.fleet.open_slot(worker, slot)
+        self._keep_headroom(worker)
 
     def _claim_memory(self, waiter: Waiter[Grant]) -> None:
         """Send nobody else to the worker with the most memory left, until this one fits."""
@@ -737,6 +776,8 @@ class Router:
         if job.prefix:
             cached_tokens = fleet.prefixes.cached_tokens(adapter, job.prefix).get(worker.id, 0)
         slot, begin = fleet.reserve(worker, adapter, job.tenant)
+        if slot is not None and slot.users == 1 and not fleet.tenants.alone:
+            self._keep_headroom(worker)
         context_tokens = fleet.begin_work(worker, job, cached_tokens, now)
         if slot is None:
             use = NO_ADAPTER
@@ -753,6 +794,8 @@ class Router:
 
     def _release(self, grant: Grant) -> None:
         self.fleet.release(grant.worker, grant.slot, grant.tenant)
+        if not self.fleet.tenants.alone or self._headroom:
+            self._end_headroom(grant.worker)
         self.fleet.end_work(grant.worker, grant.context_tokens)
         self._drain(grant.worker)
 

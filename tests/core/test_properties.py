@@ -114,6 +114,8 @@ def check(cluster: Cluster, workers: list[Worker]) -> None:
     assert len(waiting) == len(queue) <= MAX_QUEUED
     tags = [(waiter.tag, waiter.seq) for waiter in waiting]
     assert tags == sorted(tags)
+    tenants = Counter(waiter.job.tenant for waiter in waiting)
+    assert {tenant: queue.waiting_of(tenant) for tenant in tenants} == tenants
     for waiter in waiting:
         # As the policy that the router has: it may know of arrivals, or have a plan.
         decision = cluster.policy.place(waiter.job, fleet, cluster.router.loop.time())
@@ -245,5 +247,6 @@ def test_invariants_hold_after_every_event(
         for worker in everyone:
             assert worker.in_flight == 0, "a lease was not released"
             assert all(slot.users == 0 for slot in worker.slots)
+            assert worker.slots.closed is None, "a slot was closed and is not open again"
 
     simulate(main())

@@ -323,6 +323,35 @@ def test_what_would_miss_its_deadline_is_turned_away_early() -> None:
     simulate(main())
 
 
+def test_a_flood_in_the_queue_does_not_have_another_tenant_turned_away() -> None:
+    """By its tag it would come last, since it was served without waiting; by its share it is next."""
+
+    async def main() -> None:
+        cluster = Cluster(workers=1, max_ongoing=2, max_queued=100)
+        tasks = [
+            cluster.start(cluster.use(None, hold_s=1, tenant="flood", prompt_tokens=1))
+            for _ in range(80)
+        ]
+        await asyncio.sleep(33.5)  # two a second are served: that is known now
+        before = cluster.use(None, tenant="polite", prompt_tokens=10**6, priority=3)
+        tasks.append(cluster.start(before))  # its tag is far behind those of all others
+        await settle()
+        now = cluster.router.loop.time()
+        for deadline_s, turned_away in ((3.0, False), (0.4, True)):
+            deadline = now + deadline_s
+            job = cluster.use(None, tenant="polite", prompt_tokens=1, priority=3, deadline=deadline)
+            task = cluster.start(job)
+            await settle()
+            assert task.done() == turned_away
+            tasks.append(task)
+        assert cluster.router.queued > 2 * 3, "by the queue's order it would be late"
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    simulate(main())
+
+
 def test_pins_are_loaded_kept_and_let_go() -> None:
     async def main() -> None:
         cluster = Cluster(workers=1, slots=2, policy="cost")
