@@ -17,11 +17,12 @@ import msgspec
 from router.config import Config, LLMConfig
 from router.core.fleet import Fleet, Worker
 from router.core.job import AdapterRef, AdapterUse, Job, LoadError, Outcome, Prefix, Rejected
+from router.core.lease import Lease
 from router.core.placement import Decision, Policy
 from router.core.policies import POLICIES
 from router.core.ports import Observer
 from router.core.prefixes import marks
-from router.core.router import Lease, Router
+from router.core.router import Router
 from sim.engine import EngineRequest
 from sim.environment import Environment, Moment
 from sim.explain import Witness

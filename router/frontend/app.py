@@ -22,7 +22,7 @@ from aiohttp import web
 from router.adapters.store import StoreError
 from router.config import RouterConfig
 from router.core.job import AdapterRef, AdapterUse, Job, LoadError, LoadFault, Outcome, Rejected
-from router.core.router import Lease
+from router.core.lease import Lease
 from router.frontend.auth import Keys
 from router.frontend.errors import ApiError, load_failed, model_not_found, rejected
 from router.frontend.head import BYTES_PER_TOKEN, Head, parse_head

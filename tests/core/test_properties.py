@@ -247,6 +247,7 @@ def test_invariants_hold_after_every_event(
         for worker in everyone:
             assert worker.in_flight == 0, "a lease was not released"
             assert all(slot.users == 0 for slot in worker.slots)
-            assert worker.slots.closed is None, "a slot was closed and is not open again"
+            if cluster.router.fleet.get(worker.id) is worker:
+                assert worker.slots.closed is None, "a slot was closed and is not open again"
 
     simulate(main())
