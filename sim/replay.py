@@ -172,6 +172,7 @@ class _Punctual(Policy):
         self._place = policy.place
         self.arrived = policy.arrived  # type: ignore[method-assign]
         self.opens_at = policy.opens_at  # type: ignore[method-assign]
+        self.has_memory = policy.has_memory  # type: ignore[method-assign]
         self.locality_tokens = policy.locality_tokens
         self.replicates = policy.replicates
 

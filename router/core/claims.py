@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from router.core.admission import AdmissionQueue, Waiter
 from router.core.fleet import Fleet, Worker
-from router.core.job import AdapterRef
-from router.core.placement import Drop, Policy, Reason
+from router.core.job import AdapterRef, Job, Rejected
+from router.core.placement import Decision, Drop, Reason
 from router.core.residency import RESIDENT, Slot
 
 # How many of those who wait too long for a slot are looked at in one go.
@@ -27,16 +27,16 @@ class Claims:
     def __init__(
         self,
         fleet: Fleet,
-        policy: Policy,
         queue: AdmissionQueue[Any],
+        decide: Callable[[Job, float], Decision],
         serve: Callable[[Worker], None],
         *,
         patience_s: float,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._fleet = fleet
-        self._policy = policy
         self._queue = queue
+        self._decide = decide
         self._serve = serve
         self._patience_s = patience_s
         self._slots: dict[int, tuple[Worker, Slot]] = {}  # that were closed, by the waiter for whom
@@ -95,7 +95,10 @@ class Claims:
             if claim is not None and claim[0].slots.closed is claim[1] and now < waiter.claim_until:
                 continue
             self._give_up(waiter)
-            decision = self._policy.place(waiter.job, self._fleet, now)
+            try:
+                decision = self._decide(waiter.job, now)
+            except Rejected:
+                continue  # it is told when a worker has room, or by its deadline
             if decision.worker is not None:  # what other tenants need has changed with time alone
                 self._serve(decision.worker)
             elif decision.reason is Reason.NO_SLOT:
@@ -135,7 +138,11 @@ class Claims:
 
     def _claim_memory(self, waiter: Waiter[Any]) -> None:
         """Send nobody else to the worker with the most memory left, until this one fits."""
-        able = [worker for worker in self._fleet.ready if worker.kept_for is None]
+        job = waiter.job
+        of = self._fleet.ready
+        if job.refuse_cold and job.adapter is not None:
+            of = [worker for worker in self._fleet.resident(job.adapter) if not worker.overloaded]
+        able = [worker for worker in of if worker.kept_for is None]
         if able:
             worker = min(able, key=lambda worker: worker.context_tokens - worker.kv_tokens)
             worker.kept_for = waiter.job

@@ -281,7 +281,7 @@ class Fleet:
         if slot is None:
             slot = self.begin_load(worker, adapter)
         worker.slots.acquire(slot, tenant)
-        if full or slot.users == 1:
+        if full or (slot.users == 1 and not worker.slots.spare):
             self._settle(worker)
         self.users[adapter] = self.users.get(adapter, 0) + 1
         return slot, begin
@@ -310,7 +310,7 @@ class Fleet:
             self.users[slot.adapter] = left
         else:
             del self.users[slot.adapter]
-        if slot.phase is not COLD and worker.slots.release(slot):
+        if slot.phase is not COLD and worker.slots.release(slot) and worker not in self._spare:
             self._settle(worker)
 
     def begin_work(self, worker: Worker, job: Job, cached_tokens: int, now: float) -> float:

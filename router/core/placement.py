@@ -111,6 +111,10 @@ class Policy:
         """The worker for the job, or None and why it must wait."""
         raise NotImplementedError
 
+    def has_memory(self, job: Job, worker: Worker, fleet: Fleet) -> bool:  # noqa: ARG002
+        """Whether the job's context fits into the worker's memory now; yes, where it is not known."""
+        return True
+
     def opens_at(self, worker: Worker, now: float) -> float:  # noqa: ARG002
         """The loop time from which the worker is to be sent more: `now`, unless it is full."""
         return now

@@ -25,7 +25,7 @@ from router.core.headroom import Headroom
 from router.core.job import AdapterRef, AdapterUse, Job, LoadError, Outcome, Rejected
 from router.core.lease import Grant, Lease
 from router.core.loads import Loads
-from router.core.placement import Decision, Policy, Reason, nobody
+from router.core.placement import Decision, Drop, Policy, Reason, nobody
 from router.core.ports import Loader, NoObserver, Observer
 from router.core.quotas import Quota, Quotas
 from router.core.replicas import Replicas
@@ -81,7 +81,9 @@ class Router:
         self._drain_rate = DrainRate()
         self._fetches = Fetches(fleet, loader)
         self._loads = Loads(fleet, loader, self._observer, self._load_ended)
-        self._claims = Claims(fleet, policy, self._queue, self._drain, patience_s=slot_patience_s)
+        self._claims = Claims(
+            fleet, self._queue, self._decide, self._drain, patience_s=slot_patience_s
+        )
         self._headroom = Headroom(fleet)
         self._again: asyncio.TimerHandle | None = None
         self._replicas = Replicas(fleet, self.warm) if policy.replicates else None
@@ -196,12 +198,13 @@ class Router:
         if job.refuse_cold and adapter is not None and not fleet.resident(adapter):
             self._refuse_cold(adapter)
         tokens = job.prompt_tokens + fleet.learned.expected_output(job.max_output_tokens)
-        if wait_s := self._quotas.reserve(job.tenant, tokens, now, again=bool(job.avoid)):
+        if wait_s := self._quotas.reserve(job.tenant, tokens, now, again=job.counted):
             raise Rejected(
                 Outcome.OVER_QUOTA,
                 f"tenant `{job.tenant}` is over its quota; there is room again in {wait_s:.3g} s",
                 wait_s,
             )
+        job.counted = True
         fleet.tenants.arrived(job.tenant, now)
         return tokens
 
@@ -218,6 +221,13 @@ class Router:
             f"about {load_s:.3g} s",
             load_s,
         )
+
+    def _decide(self, job: Job, now: float) -> Decision:
+        """The policy's decision, within what the job asks for. Raises `Rejected` where it cannot be."""
+        decision = self._policy.place(job, self.fleet, now)
+        if job.refuse_cold and job.adapter is not None:
+            return self._without_load(job, job.adapter, decision)
+        return decision
 
     def _without_load(self, job: Job, adapter: AdapterRef, decision: Decision) -> Decision:
         """The decision for a job that refuses to wait for a load: a worker that has its adapter.
@@ -240,9 +250,11 @@ class Router:
             and self._policy.opens_at(worker, now) <= now
         ]
         able = [worker for worker in able if worker.id not in job.avoid] or able
-        if not able:
-            return Decision(None, Reason.ALL_OVERLOADED, decision.dropped, decision.considered)
-        worker = min(able, key=lambda worker: worker.in_flight)
+        roomy = [worker for worker in able if self._policy.has_memory(job, worker, self.fleet)]
+        if not roomy:
+            full = tuple((worker.id, Drop.NO_MEMORY) for worker in able)
+            return Decision(None, Reason.ALL_OVERLOADED, decision.dropped + full)
+        worker = min(roomy, key=lambda worker: worker.in_flight)
         return Decision(worker, Reason.HOLDER, decision.dropped, decision.considered)
 
     # Fetching.
@@ -430,8 +442,11 @@ class Router:
     # Residency.
 
     def _load_ended(self, worker: Worker, slot: Slot, error: LoadError | None) -> None:
-        if error is not None and self._replicas is not None:
-            self._replicas.failed(slot.adapter)
+        if self._replicas is not None:
+            if error is None:
+                self._replicas.loaded(slot.adapter)
+            else:
+                self._replicas.failed(slot.adapter, self.loop.time())
         # A slot may have fallen idle, or be free again.
         self._drain(worker)
 
@@ -444,9 +459,7 @@ class Router:
         """
         now = self.loop.time()
         fleet, adapter = self.fleet, job.adapter
-        decision = self._policy.place(job, fleet, now)
-        if job.refuse_cold and adapter is not None:
-            decision = self._without_load(job, adapter, decision)
+        decision = self._decide(job, now)
         worker = decision.worker
         if worker is None:
             self._observer.waits(job, decision)

@@ -69,6 +69,10 @@ class Cost(Policy):
         """When the prompts ahead are down to what keeps the engine busy."""
         return max(worker.busy_until - AHEAD_S, now)
 
+    def has_memory(self, job: Job, worker: Worker, fleet: Fleet) -> bool:
+        """Whether what runs there leaves enough for its context, and nobody waits for that."""
+        return not _Weighing(job, fleet, (), 0.0).lacks_memory(worker)
+
     def place(self, job: Job, fleet: Fleet, now: float) -> Decision:
         """Choose by the rule above."""
         adapter = job.adapter
@@ -184,7 +188,7 @@ class _Weighing:
             self.load_s = fleet.learned.load_s(STORE)
         self.victim_stay_s: float | None = None  # until somebody's victim needs it
 
-    def drop(self, worker: Worker) -> Drop | None:  # noqa: PLR0911  (one for each reason)
+    def drop(self, worker: Worker) -> Drop | None:
         """Why the worker is left out, if it is."""
         job, adapter = self.job, self.adapter
         if worker.ready_index < 0:
@@ -197,15 +201,19 @@ class _Weighing:
             return Drop.AVOIDED
         if worker.busy_until - AHEAD_S > self.now:
             return SATURATED
+        return NO_MEMORY if self.lacks_memory(worker) else None
+
+    def lacks_memory(self, worker: Worker) -> bool:
+        """Whether the job's context does not fit there now, or the worker is kept for another."""
+        job = self.job
         if worker.kept_for is not None and worker.kept_for is not job:
-            return NO_MEMORY
-        if worker.kv_tokens and worker.in_flight:
-            need: float = job.prompt_tokens + self.output
-            if self.cached:
-                need = job.prompt_tokens - self.cached.get(worker.id, 0) + self.output
-            if worker.context_tokens + need > KV_SHARE * worker.kv_tokens:
-                return NO_MEMORY
-        return None
+            return True
+        if not worker.kv_tokens or not worker.in_flight:
+            return False
+        need: float = job.prompt_tokens + self.output
+        if self.cached:
+            need = job.prompt_tokens - self.cached.get(worker.id, 0) + self.output
+        return worker.context_tokens + need > KV_SHARE * worker.kv_tokens
 
     def cost(self, worker: Worker, bound_s: float) -> Considered:
         """The terms; without the harm where the others alone make it cost `bound_s`, or more."""
