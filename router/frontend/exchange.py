@@ -14,7 +14,7 @@ from typing import Final
 from router.adapters.store import StoreError
 from router.config import RouterConfig
 from router.core.job import AdapterRef, Job, LoadError, LoadFault, Outcome, Rejected
-from router.core.router import Lease
+from router.core.lease import Lease
 from router.frontend.errors import ApiError, load_failed, model_not_found, rejected
 from router.frontend.head import BYTES_PER_TOKEN, Head
 from router.frontend.prefix import prefix_of

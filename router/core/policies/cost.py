@@ -21,7 +21,8 @@ its deadline would be missed.
 Terms: predicted wait as in Llumnix and Mooncake; the batch's slowdown by its distinct adapters as in
 CaraServe's rank-aware scheduling; the residence time of an idle slot is Che's characteristic time.
 Pure: reads the fleet, changes nothing. Cost: O(candidates), which are the holders, those with the
-adapter in host memory and a few others; all only of a small fleet, or where none of those has room.
+adapter in host memory and a few others; all of a small fleet; and where none of those has room, who
+holds the adapter or has a slot to give: nobody where every slot is in use.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -67,6 +68,10 @@ class Cost(Policy):
     def opens_at(self, worker: Worker, now: float) -> float:
         """When the prompts ahead are down to what keeps the engine busy."""
         return max(worker.busy_until - AHEAD_S, now)
+
+    def has_memory(self, job: Job, worker: Worker, fleet: Fleet) -> bool:
+        """Whether what runs there leaves enough for its context, and nobody waits for that."""
+        return not _Weighing(job, fleet, (), 0.0).lacks_memory(worker)
 
     def place(self, job: Job, fleet: Fleet, now: float) -> Decision:
         """Choose by the rule above."""
@@ -133,7 +138,10 @@ class Cost(Policy):
             worker.ready_index >= 0 and worker.can_serve(job.adapter, job.tenant) for worker in able
         ):
             return able
-        return fleet  # those drawn have no room: rather look at all than say that nobody has
+        # Those drawn have no room: rather look at all that may have it than say that nobody has.
+        for worker in sorted(fleet.within_reach(job.adapter), key=_number):
+            chosen[worker.id] = worker
+        return chosen.values()
 
 
 class _Weighing:
@@ -180,7 +188,7 @@ class _Weighing:
             self.load_s = fleet.learned.load_s(STORE)
         self.victim_stay_s: float | None = None  # until somebody's victim needs it
 
-    def drop(self, worker: Worker) -> Drop | None:  # noqa: PLR0911  (one for each reason)
+    def drop(self, worker: Worker) -> Drop | None:
         """Why the worker is left out, if it is."""
         job, adapter = self.job, self.adapter
         if worker.ready_index < 0:
@@ -193,15 +201,19 @@ class _Weighing:
             return Drop.AVOIDED
         if worker.busy_until - AHEAD_S > self.now:
             return SATURATED
+        return NO_MEMORY if self.lacks_memory(worker) else None
+
+    def lacks_memory(self, worker: Worker) -> bool:
+        """Whether the job's context does not fit there now, or the worker is kept for another."""
+        job = self.job
         if worker.kept_for is not None and worker.kept_for is not job:
-            return NO_MEMORY
-        if worker.kv_tokens and worker.in_flight:
-            need: float = job.prompt_tokens + self.output
-            if self.cached:
-                need = job.prompt_tokens - self.cached.get(worker.id, 0) + self.output
-            if worker.context_tokens + need > KV_SHARE * worker.kv_tokens:
-                return NO_MEMORY
-        return None
+            return True
+        if not worker.kv_tokens or not worker.in_flight:
+            return False
+        need: float = job.prompt_tokens + self.output
+        if self.cached:
+            need = job.prompt_tokens - self.cached.get(worker.id, 0) + self.output
+        return worker.context_tokens + need > KV_SHARE * worker.kv_tokens
 
     def cost(self, worker: Worker, bound_s: float) -> Considered:
         """The terms; without the harm where the others alone make it cost `bound_s`, or more."""
@@ -274,6 +286,10 @@ class _Weighing:
         soon = 1.0 - exp(-rate * stay_s)
         reload_s = self.reload_s + others_stall_s * OTHERS_WEIGHT
         return HARM_WEIGHT * soon * reload_s / max(1, fleet.holder_count(victim))
+
+
+def _number(worker: Worker) -> int:
+    return worker.number
 
 
 def _is_kept(slots: SlotCache, adapter: AdapterRef) -> bool:
