@@ -1,0 +1,203 @@
+"""`python -m benchmarks.data_plane`: measure all contenders in turn, round after round.
+
+Needs two cores: the router has one, engines and clients the other. Progress is on standard error.
+"""
+
+import argparse
+import contextlib
+import resource
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from rich.console import Console
+
+from benchmarks.data_plane.cases import Case, Lost, Round, Sizes, measure, running
+from benchmarks.data_plane.contenders import DIRECT, Absent, Contender, lorayard
+from benchmarks.data_plane.processes import (
+    ClientProcess,
+    Cores,
+    StartError,
+    client_process,
+    engine_process,
+)
+from benchmarks.data_plane.report import as_data, goal_table, table
+from benchmarks.data_plane.verdict import goals
+from benchmarks.data_plane.wire import WORKERS
+from benchmarks.support import parser, report
+
+FILES_SPARE: Final = 512
+CONTENDERS: Final[dict[str, Callable[[], Contender] | None]] = {
+    DIRECT: None,
+    "lorayard": lorayard,
+}
+
+
+class Run(msgspec.Struct):
+    """All that was found. By contender and case the figures of each round."""
+
+    rounds: dict[str, dict[Case, list[dict[str, float]]]] = {}
+    lost: list[Lost] = []
+    absent: dict[str, str] = {}
+    commands: dict[str, str] = {}
+    versions: dict[str, str] = {}
+
+
+def main() -> None:
+    """Run it all."""
+    top = parser("data_plane", __doc__ or "")
+    top.formatter_class = argparse.RawDescriptionHelpFormatter
+    plain = Sizes()
+    cases = [case.value for case in Case]
+    names = list(CONTENDERS)
+    top.add_argument("--seconds", type=float, default=plain.seconds, help="of a case in a round")
+    top.add_argument("--only", type=_some(cases), default=cases, metavar="CASE,...",
+                     help=f"of {', '.join(cases)}")  # fmt: skip
+    top.add_argument("--contenders", type=_some(names), default=names, metavar="NAME,...",
+                     help=f"of {', '.join(names)}")  # fmt: skip
+    top.add_argument("--crowd", type=int, default=plain.crowd, metavar="N", help="streams at once")
+    arguments = top.parse_args()
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    sizes = msgspec.structs.replace(plain, seconds=arguments.seconds, crowd=arguments.crowd)
+    chosen = [Case(case) for case in arguments.only]
+    if Case.CROWD in chosen:
+        sizes = msgspec.structs.replace(sizes, crowd=_crowd(sizes.crowd))
+    with tempfile.TemporaryDirectory(prefix="lorayard-bench-") as folder:
+        found = run(arguments.contenders, chosen, sizes, arguments.rounds, Path(folder), _say)
+    show(found, sizes, arguments.rounds, arguments.json)
+
+
+def run(
+    names: Sequence[str],
+    cases: Sequence[Case],
+    sizes: Sizes,
+    rounds: int,
+    folder: Path,
+    say: Callable[[str], None],
+) -> Run:
+    """Measure contenders in turn, in every round; one that does not start is left out from then on."""
+    found = Run()
+    contenders: dict[str, Contender | None] = {}
+    for name in names:
+        make = CONTENDERS[name]
+        try:
+            contenders[name] = None if make is None else make()
+        except Absent as error:
+            found.absent[name] = str(error)
+            say(f"{name}: left out: {error}")
+    cores = Cores.of_this_machine()
+    with engine_process(WORKERS, cores, folder) as engines, client_process(cores, folder) as client:
+        for number in range(rounds):
+            for name, contender in contenders.items():
+                if name in found.absent:
+                    continue
+                say(f"round {number + 1} of {rounds}: {name}")
+                try:
+                    one = _round(contender, engines, cores, client, cases, sizes, folder / name)
+                except StartError as error:
+                    found.absent[name] = str(error)
+                    say(f"{name}: left out: {error}")
+                    continue
+                of_name = found.rounds.setdefault(name, {})
+                for case, figures in one.figures.items():
+                    of_name.setdefault(case, []).append(figures)
+                found.lost += one.lost
+                for lost in one.lost:
+                    say(f"  {name}, {lost.case}: {lost.good} of {lost.asked} good: {lost.wrong}")
+                if contender is not None:
+                    launch = contender.launch(engines, 0, folder / name)
+                    found.commands[name] = " ".join(map(str, launch.command))
+                    found.versions[name] = contender.version
+    return found
+
+
+def _round(
+    contender: Contender | None,
+    engines: Sequence[int],
+    cores: Cores,
+    client: ClientProcess,
+    cases: Sequence[Case],
+    sizes: Sizes,
+    folder: Path,
+) -> Round:
+    folder.mkdir(exist_ok=True)
+    found = Round(figures={}, lost=[])
+    for some in ([case for case in cases if case is not Case.CROWD],
+                 [case for case in cases if case is Case.CROWD]):  # fmt: skip
+        if some:
+            with running(contender, engines, cores, folder) as target:
+                measure(target, client, some, sizes, found)
+    return found
+
+
+def show(found: Run, sizes: Sizes, rounds: int, path: Path) -> None:
+    """Print the tables and write the file."""
+    judged = list(goals(found.rounds, crowd=sizes.crowd))
+    console = Console(width=150)
+    console.print(table(found.rounds, list(found.rounds), rounds))
+    for name, why in found.absent.items():
+        console.print(f"left out: {name}: {why}", highlight=False, markup=False)
+    for lost in found.lost:
+        console.print(
+            f"lost: {lost.contender}, {lost.case}: {lost.asked - lost.good} of {lost.asked}: {lost.wrong}",
+            highlight=False,
+            markup=False,
+        )
+    console.print(goal_table(judged))
+    data: dict[str, Any] = {
+        "sizes": msgspec.to_builtins(sizes),
+        "rounds": rounds,
+        "versions": found.versions,
+        "commands": found.commands,
+        "left_out": found.absent,
+        "lost": msgspec.to_builtins(found.lost),
+        **as_data(found.rounds, judged),
+    }
+    report("The data plane", (), (), path, data)
+
+
+def _crowd(wanted: int) -> int:
+    """Raise the limit of open files for it; as many streams as the limit allows."""
+    needed = 2 * wanted + FILES_SPARE
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < needed:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, max(hard, needed)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < min(needed, hard):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, hard), hard))
+        soft = min(needed, hard)
+    allowed = min(wanted, (soft - FILES_SPARE) // 2)
+    if allowed < wanted:
+        _say(f"crowd: {allowed} streams, since {soft} files may be open; asked for {wanted}")
+    return allowed
+
+
+def _some(known: Sequence[str]) -> Callable[[str], list[str]]:
+    def some(text: str) -> list[str]:
+        given = text.split(",")
+        if unknown := [one for one in given if one not in known]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]} is none of {', '.join(known)}")
+        return given
+
+    return some
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def _as_interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
