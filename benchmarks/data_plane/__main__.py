@@ -19,6 +19,7 @@ from rich.console import Console
 
 from benchmarks.data_plane.cases import Case, Lost, Round, Sizes, measure, running
 from benchmarks.data_plane.contenders import DIRECT, Absent, Contender, lorayard
+from benchmarks.data_plane.peers import haproxy, smg, vllm_router
 from benchmarks.data_plane.processes import (
     ClientProcess,
     Cores,
@@ -27,7 +28,7 @@ from benchmarks.data_plane.processes import (
     engine_process,
 )
 from benchmarks.data_plane.report import as_data, goal_table, table
-from benchmarks.data_plane.verdict import goals
+from benchmarks.data_plane.verdict import OURS, goals
 from benchmarks.data_plane.wire import WORKERS
 from benchmarks.support import parser, report
 
@@ -35,6 +36,9 @@ FILES_SPARE: Final = 512
 CONTENDERS: Final[dict[str, Callable[[], Contender] | None]] = {
     DIRECT: None,
     "lorayard": lorayard,
+    "vllm-router": vllm_router,
+    "smg": smg,
+    "haproxy": haproxy,
 }
 
 
@@ -65,8 +69,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _as_interrupt)
     sizes = msgspec.structs.replace(plain, seconds=arguments.seconds, crowd=arguments.crowd)
     chosen = [Case(case) for case in arguments.only]
-    if Case.CROWD in chosen:
-        sizes = msgspec.structs.replace(sizes, crowd=_crowd(sizes.crowd))
+    sizes = msgspec.structs.replace(sizes, crowd=_crowd(sizes.crowd))
     with tempfile.TemporaryDirectory(prefix="lorayard-bench-") as folder:
         found = run(arguments.contenders, chosen, sizes, arguments.rounds, Path(folder), _say)
     show(found, sizes, arguments.rounds, arguments.json)
@@ -137,7 +140,8 @@ def _round(
 
 def show(found: Run, sizes: Sizes, rounds: int, path: Path) -> None:
     """Print the tables and write the file."""
-    judged = list(goals(found.rounds, crowd=sizes.crowd))
+    ours = [lost.asked - lost.good for lost in found.lost if lost.contender == OURS]
+    judged = list(goals(found.rounds, lost=sum(ours) if OURS in found.rounds else None))
     console = Console(width=150)
     console.print(table(found.rounds, list(found.rounds), rounds))
     for name, why in found.absent.items():

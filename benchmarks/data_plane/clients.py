@@ -1,4 +1,4 @@
-"""The clients: raw protocols on one loop, in a process of their own, that do little while they measure.
+"""The clients: raw protocols on one loop, in a process of their own, idle but for the load.
 
 A stream's pieces are kept with the moment of their arrival; framing, bytes and delays are looked at
 when the load is over. `python -m benchmarks.data_plane.clients` reads a load a line from standard
@@ -18,9 +18,10 @@ import msgspec
 import uvloop
 
 from benchmarks.data_plane.loads import Answers, Seen, Spread, Streams
-from benchmarks.data_plane.wire import ANSWER, END_OF_CHUNKS, LAST, MODELS, request, stamp_of
+from benchmarks.data_plane.wire import ANSWER, END_OF_CHUNKS, LAST, request, stamp_of
 
 OK: Final = 200
+GOOD: Final = b"HTTP/1.1 200"
 HOST: Final = "127.0.0.1"
 Pieces = list[tuple[int, bytes]]
 
@@ -141,6 +142,11 @@ class Reader(Client):
         """Keep the piece, and see whether it is the last."""
         if not self._pieces:
             self._open.one_more()
+            if not data.startswith(GOOD):
+                self._pieces.append((time.monotonic_ns(), data))
+                self._ended()
+                self.end()
+                return
         self._pieces.append((time.monotonic_ns(), data))
         if data.endswith(END_OF_CHUNKS) or (
             len(data) < len(END_OF_CHUNKS) and self._tail().endswith(END_OF_CHUNKS)
@@ -166,11 +172,15 @@ class Reader(Client):
 
 
 class Reading:
-    """One stream, looked at afterwards: its events, the delays of its tokens, what was wrong."""
+    """One stream, looked at afterwards: its events, what was wrong, and the delays of its tokens.
 
-    def __init__(self, pieces: Pieces, tokens: int) -> None:
+    Delays are of those that came within the window, in ns of the monotonic clock.
+    """
+
+    def __init__(self, pieces: Pieces, tokens: int, window: tuple[int, int]) -> None:
         self.transit_s: list[float] = []
         self.late_s: list[float] = []
+        self._window = window
         self.chunks = 0
         self.wrong = ""
         self._text = b""
@@ -211,10 +221,13 @@ class Reading:
             return False
         step, sent = stamp
         transit_ns = self._at - sent
-        self.transit_s.append(transit_ns / 1e9)
+        within = self._window[0] <= self._at <= self._window[1]
+        if within:
+            self.transit_s.append(transit_ns / 1e9)
         if self._last is not None:
             before, sent_before, come_before = self._last
-            self.late_s.append((transit_ns - (come_before - sent_before)) / 1e9)
+            if within:
+                self.late_s.append((transit_ns - (come_before - sent_before)) / 1e9)
             if step != before + 1:
                 self.wrong = self.wrong or f"step {step} after {before}"
         self._last = (step, sent, self._at)
@@ -229,7 +242,7 @@ async def run(load: Answers | Streams) -> Seen:
             request(model, f"{HOST}:{port}", tokens=load.tokens, every_ms=load.every_ms)
             if isinstance(load, Streams)
             else request(model, f"{HOST}:{port}")
-            for model in MODELS
+            for model in load.models
         ]
         for port in load.ports
     ]
@@ -248,13 +261,13 @@ async def _ask(load: Answers, wanted: list[list[bytes]]) -> Seen:
     started = time.perf_counter()
     until = started + load.seconds if load.seconds else float("inf")
     askers = [
-        Asker(wanted[number % len(wanted)], number % len(MODELS), each, until)
+        Asker(wanted[number % len(wanted)], number % len(load.models), each, until)
         for number in range(load.clients)
     ]
     wall_s = await _drive(load, list(askers), 0.0)
     _told()
     return Seen(
-        wall_s=wall_s,
+        per_s=sum(len(one.latencies) for one in askers) / wall_s,
         asked=sum(max(1, one.asked) for one in askers),
         good=sum(one.good for one in askers),
         wrong=next((one.wrong for one in askers if one.wrong), ""),
@@ -268,12 +281,15 @@ async def _read(load: Streams, wanted: list[list[bytes]]) -> Seen:
         Reader(wanted[number % len(wanted)], number, load.each, counted)
         for number in range(load.clients)
     ]
+    started_ns = time.monotonic_ns()
     wall_s = await _drive(load, list(readers), load.ramp_s)
     _told()
-    found = [Reading(pieces, load.tokens) for one in readers for pieces in one.streams]
+    from_s, to_s = (load.from_s, load.to_s) if load.to_s else (0.0, wall_s)
+    window = started_ns + int(from_s * 1e9), started_ns + int(to_s * 1e9)
+    found = [Reading(pieces, load.tokens, window) for one in readers for pieces in one.streams]
     wrongs = [one.wrong for one in found if one.wrong] + [one.wrong for one in readers if one.wrong]
     return Seen(
-        wall_s=wall_s,
+        per_s=sum(len(one.transit_s) for one in found) / (to_s - from_s),
         asked=load.clients * load.each,
         good=sum(not one.wrong for one in found),
         wrong=next(iter(wrongs), ""),

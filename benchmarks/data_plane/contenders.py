@@ -1,8 +1,7 @@
 """What stands between the clients and the engines: a command, and where it says that it is ready.
 
-Each runs as its own documentation starts it, with nothing switched off: the default policy, logs,
-metrics, retries and health checks. Only limits that the load would run into are raised. This router
-has all its features on: policy `cost`, adapters, pushed state, metrics, and the recording.
+This router has all its features on: policy `cost`, adapters, pushed state, metrics, and the recording.
+What the peers run with is in `peers`.
 """
 
 import shutil
@@ -14,7 +13,7 @@ from typing import Final
 import msgspec
 import yaml
 
-from benchmarks.data_plane.wire import ADAPTERS, BASE
+from benchmarks.data_plane.wire import ADAPTERS, BASE, MODELS
 from benchmarks.support import ROOT
 
 DEMO_ADAPTERS: Final = ROOT / "configs" / "demo-adapters"
@@ -32,11 +31,15 @@ class Launch(msgspec.Struct, frozen=True):
 
 
 class Contender(msgspec.Struct, frozen=True):
-    """A router. `launch` takes the engines' ports, its own port and a folder for its files."""
+    """A router. `launch` takes the engines' ports, its own port and a folder for its files.
+
+    `models` are the ids that it is asked for.
+    """
 
     name: str
     version: str
     launch: Callable[[Sequence[int], int, Path], Launch]
+    models: tuple[str, ...] = MODELS
 
 
 class Absent(Exception):  # noqa: N818  (it is no fault)

@@ -11,6 +11,7 @@ often are spread over as many steps.
 
 import asyncio
 import contextlib
+import os
 import sys
 import time
 from typing import Final, cast
@@ -62,10 +63,9 @@ _unload: Final = msgspec.json.Decoder(UnloadRequest).decode
 
 def _constants() -> dict[str, bytes]:
     """What routers ask for before they send requests."""
-    models = [
-        {"id": name, "object": "model", "owned_by": "vllm", "root": BASE, "max_model_len": 8192}
-        for name in (BASE, *MODELS)
-    ]
+    base = {"id": BASE, "object": "model", "owned_by": "vllm", "root": BASE, "parent": None}
+    models = [{**base, "max_model_len": MAX_MODEL_LEN}]
+    models += [{**base, "id": name, "parent": BASE} for name in MODELS]
     facts = {
         "model_path": BASE,
         "served_model_name": BASE,
@@ -237,7 +237,7 @@ class Connection(asyncio.Protocol):
         """It begins."""
         self.transport = cast("asyncio.Transport", transport)  # uvloop's is none, and does the same
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  (asyncio's)
         """Its stream, if it has one, ends at the next step."""
         self.left = min(self.left, 1)
         self.engine.left(self)
@@ -308,7 +308,7 @@ async def serve(count: int) -> None:
         )
         ports.append(server.sockets[0].getsockname()[1])
     ended = asyncio.Event()
-    loop.add_reader(0, lambda: None if sys.stdin.buffer.read1(1) else ended.set())
+    loop.add_reader(0, lambda: None if os.read(0, 1) else ended.set())
     print(*ports, flush=True)
     while not ended.is_set():
         now = time.monotonic()

@@ -9,12 +9,14 @@ import msgspec
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
-    """Requests to one server. `ports` are asked in turn: one for a router, one an engine without.
+    """Requests to one server. `ports` are asked in turn: one for a router, one an engine without; `models`
+    in turn too.
 
     `limit_s` is when those that still run are given up.
     """
 
     ports: tuple[int, ...]
+    models: tuple[str, ...]
     clients: int
     limit_s: float = 60.0
 
@@ -29,13 +31,16 @@ class Answers(Load, frozen=True, kw_only=True, tag="answers"):
 class Streams(Load, frozen=True, kw_only=True, tag="streams"):
     """Each client reads `each` streams of `tokens`, one each `every_ms`, one after the other.
 
-    `ramp_s` is the time over which clients begin.
+    `ramp_s` is the time over which clients begin. Delays and the rate are of the tokens that come
+    between `from_s` and `to_s`, from the beginning; of all where that is 0.
     """
 
     tokens: int
     every_ms: int
     each: int = 1
     ramp_s: float = 0.0
+    from_s: float = 0.0
+    to_s: float = 0.0
 
 
 class Spread(msgspec.Struct, frozen=True):
@@ -59,11 +64,12 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
     """What one load saw.
 
     `good` are answers that came whole and byte for byte, of those `asked`; `wrong` says what the first
-    of the others was. `transit_s` is from the engine's step to the client, `late_s` by how much longer a
-    gap between two tokens was at the client than at the engine.
+    of the others was. `per_s` is of answers, or of a stream's tokens. `transit_s` is from the engine's
+    step to the client, `late_s` by how much longer a gap between two tokens was at the client than at
+    the engine.
     """
 
-    wall_s: float
+    per_s: float
     asked: int
     good: int
     wrong: str = ""

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 import msgspec
 
@@ -189,7 +189,7 @@ class Watch:
         while not self._ended.wait(SAMPLE_S):
             self.peak_kib = max(self.peak_kib, rss_kib(self._pid))
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 

@@ -1,10 +1,9 @@
 """The table, the goals and the file."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.data_plane.cases import Case
@@ -20,8 +19,6 @@ from benchmarks.data_plane.verdict import (
     series,
 )
 from benchmarks.support import spread
-
-WIDTH: Final = 132
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -161,8 +158,3 @@ def as_data(rounds: Rounds, goals: Sequence[Goal]) -> dict[str, Any]:
 
 def _names(of_case: Sequence[Mapping[str, float]]) -> list[str]:
     return list(dict.fromkeys(figure for one in of_case for figure in one))
-
-
-def printer() -> Callable[[object], None]:
-    """Print tables at their full width."""
-    return Console(width=WIDTH).print
