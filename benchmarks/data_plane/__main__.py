@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import resource
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -17,9 +18,11 @@ from typing import Any, Final
 import msgspec
 from rich.console import Console
 
+from benchmarks.data_plane import paired, profile
 from benchmarks.data_plane.cases import Case, Lost, Round, Sizes, measure, running
 from benchmarks.data_plane.contenders import DIRECT, Absent, Contender, lorayard
-from benchmarks.data_plane.peers import haproxy, smg, vllm_router
+from benchmarks.data_plane.paired import KWARGS
+from benchmarks.data_plane.peers import haproxy, haproxy_delaying, smg, vllm_router
 from benchmarks.data_plane.processes import (
     ClientProcess,
     Cores,
@@ -28,17 +31,18 @@ from benchmarks.data_plane.processes import (
     engine_process,
 )
 from benchmarks.data_plane.report import as_data, goal_table, table
-from benchmarks.data_plane.verdict import OURS, goals
-from benchmarks.data_plane.wire import WORKERS
+from benchmarks.data_plane.verdict import OURS, Goal, goals
+from benchmarks.data_plane.wire import BASE, WORKERS
 from benchmarks.support import parser, report
 
-FILES_SPARE: Final = 512
+FILES_SPARE: Final = 80
 CONTENDERS: Final[dict[str, Callable[[], Contender] | None]] = {
     DIRECT: None,
     "lorayard": lorayard,
     "vllm-router": vllm_router,
     "smg": smg,
     "haproxy": haproxy,
+    "haproxy-delaying": haproxy_delaying,
 }
 
 
@@ -62,17 +66,73 @@ def main() -> None:
     top.add_argument("--seconds", type=float, default=plain.seconds, help="of a case in a round")
     top.add_argument("--only", type=_some(cases), default=cases, metavar="CASE,...",
                      help=f"of {', '.join(cases)}")  # fmt: skip
-    top.add_argument("--contenders", type=_some(names), default=names, metavar="NAME,...",
+    top.add_argument("--contenders", type=_some(names), default=names[:-1], metavar="NAME,...",
                      help=f"of {', '.join(names)}")  # fmt: skip
     top.add_argument("--crowd", type=int, default=plain.crowd, metavar="N", help="streams at once")
+    top.add_argument("--profile", action="store_true",
+                     help="write where the router's time goes beside the JSON file")  # fmt: skip
+    top.add_argument("--engine", choices=("fixed", *KWARGS), default="fixed",
+                     help="vllm: only throughput against two real engines, in pairs")  # fmt: skip
+    top.add_argument("--model", default=BASE, help="with --engine vllm: the model's folder")
+    top.add_argument("--pairs", type=int, default=30, help="with --engine vllm")
+    top.add_argument("--requests", type=int, default=32, help="with --engine vllm: of one round")
+    top.add_argument("--tokens", type=int, default=16, help="with --engine vllm: of an answer")
     arguments = top.parse_args()
     signal.signal(signal.SIGTERM, _as_interrupt)
     sizes = msgspec.structs.replace(plain, seconds=arguments.seconds, crowd=arguments.crowd)
     chosen = [Case(case) for case in arguments.only]
     sizes = msgspec.structs.replace(sizes, crowd=_crowd(sizes.crowd))
     with tempfile.TemporaryDirectory(prefix="lorayard-bench-") as folder:
+        if arguments.engine != "fixed":
+            _paired(arguments, Path(folder))
+            return
         found = run(arguments.contenders, chosen, sizes, arguments.rounds, Path(folder), _say)
-    show(found, sizes, arguments.rounds, arguments.json)
+        show(found, sizes, arguments.rounds, arguments.json)
+        if arguments.profile:
+            path = arguments.json.with_name(f"{arguments.json.stem}_profile.txt")
+            cores = Cores.of_this_machine()
+            with (
+                engine_process(WORKERS, cores, Path(folder)) as engines,
+                client_process(cores, Path(folder)) as client,
+            ):
+                profile.write(path, engines, client, cores, sizes, _say)
+            print(f"written to {path}")
+
+
+def _paired(arguments: argparse.Namespace, folder: Path) -> None:
+    """Measure against real engines and write it beside the other file."""
+    path: Path = arguments.json
+    if path.stem == "data_plane":
+        path = path.with_name(f"data_plane_{arguments.engine}.json")
+    found = paired.measure(
+        arguments.engine,
+        arguments.model,
+        pairs=arguments.pairs,
+        requests=arguments.requests,
+        tokens=arguments.tokens,
+        folder=folder,
+        say=_say,
+    )
+    goal = Goal("throughput, of that direct", paired.THROUGHPUT_GOAL, "×", found.ratio, least=True)
+    shown = f"{found.ratio:.3f} ({found.least:.3f}-{found.most:.3f})"
+    report(
+        f"Requests through the router and directly to two {arguments.engine} engines, "
+        f"{arguments.pairs} pairs; the ratio's median and its 95% interval",
+        ("", "direct /s", "router /s", "ratio", "asked", ""),
+        [
+            (
+                f"{paired.CLIENTS} clients, {found.tokens} tokens",
+                f"{statistics.median(found.direct_per_s):.2f}",
+                f"{statistics.median(found.router_per_s):.2f}",
+                shown,
+                f"≥ {goal.limit}",
+                goal.verdict.value,
+            ),
+            ("Ray Serve LLM", "", "", found.ray_serve, "", ""),
+        ],
+        path,
+        {**msgspec.to_builtins(found), "ratios": found.ratios, "verdict": goal.verdict.value},
+    )
 
 
 def run(
@@ -141,14 +201,17 @@ def _round(
 def show(found: Run, sizes: Sizes, rounds: int, path: Path) -> None:
     """Print the tables and write the file."""
     ours = [lost.asked - lost.good for lost in found.lost if lost.contender == OURS]
-    judged = list(goals(found.rounds, lost=sum(ours) if OURS in found.rounds else None))
+    judged = list(
+        goals(found.rounds, lost=sum(ours) if OURS in found.rounds else None, crowd=sizes.crowd)
+    )
     console = Console(width=150)
     console.print(table(found.rounds, list(found.rounds), rounds))
     for name, why in found.absent.items():
         console.print(f"left out: {name}: {why}", highlight=False, markup=False)
     for lost in found.lost:
         console.print(
-            f"lost: {lost.contender}, {lost.case}: {lost.asked - lost.good} of {lost.asked}: {lost.wrong}",
+            f"lost: {lost.contender}, {lost.case}: {lost.asked - lost.good} of {lost.asked}: "
+            f"{lost.wrong}",
             highlight=False,
             markup=False,
         )

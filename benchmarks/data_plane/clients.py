@@ -2,7 +2,7 @@
 
 A stream's pieces are kept with the moment of their arrival; framing, bytes and delays are looked at
 when the load is over. `python -m benchmarks.data_plane.clients` reads a load a line from standard
-input, and for each prints a line when it has run and another with what was seen. It ends with its input.
+input, prints a line when it has run and another with what was seen, and ends with its input.
 """
 
 import asyncio

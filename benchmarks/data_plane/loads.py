@@ -9,9 +9,9 @@ import msgspec
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
-    """Requests to one server. `ports` are asked in turn: one for a router, one an engine without; `models`
-    in turn too.
+    """Requests to one server.
 
+    `ports` are asked in turn: one for a router, one an engine without. `models` are in turn too.
     `limit_s` is when those that still run are given up.
     """
 

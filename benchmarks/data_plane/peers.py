@@ -2,8 +2,8 @@
 
 All run round robin, the cheapest of their policies, and otherwise as they come: their logs, metrics,
 retries and health checks are as they are by default, and so is this router's. Limits that the crowd
-would run into are raised. HAProxy would collect a stream's chunks for 200 ms unless it is told
-not to (`http-no-delay`), which nobody who streams tokens wants; `haproxy-delaying` is how it comes, and is measured
+would run into are raised. HAProxy would collect a stream's chunks for 200 ms unless it is told not to
+(`http-no-delay`), which nobody who streams tokens wants; how it comes is `haproxy-delaying`, measured
 when it is asked for. One that cannot be had is left out, and the table says why.
 """
 
@@ -51,7 +51,7 @@ backend engines
 
 def vllm_router() -> Contender:
     """The vLLM project's router, in Rust. Raises `Absent`."""
-    version = _installed("vllm-router", "0.1.17")
+    version = installed("vllm-router", "0.1.17")
     return Contender("vllm-router", version, _launch_vllm_router)
 
 
@@ -68,8 +68,8 @@ def _launch_vllm_router(engines: Sequence[int], port: int, folder: Path) -> Laun
 
 
 def smg() -> Contender:
-    """The Shepherd Model Gateway, in Rust, for the base model: it knows no adapters. Raises `Absent`."""
-    version = _installed("smg", "1.13.0")
+    """The Shepherd Model Gateway, in Rust; it knows no adapters. Raises `Absent`."""
+    version = installed("smg", "1.13.0")
     return Contender("smg", version, _launch_smg, models=(BASE,))
 
 
@@ -88,8 +88,8 @@ def _launch_smg(engines: Sequence[int], port: int, folder: Path) -> Launch:
     )
 
 
-def haproxy() -> Contender:
-    """HAProxy, which knows nothing of models: the floor of what moving bytes costs. Raises `Absent`."""
+def haproxy(name: str = "haproxy", delay: str = NO_DELAY) -> Contender:
+    """HAProxy, which knows nothing of models: the floor of what it costs. Raises `Absent`."""
     path = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"))
     found = shutil.which("haproxy", path=path)
     if found is None and os.geteuid() == 0 and (apt := shutil.which("apt-get")):
@@ -99,14 +99,14 @@ def haproxy() -> Contender:
         raise Absent("no haproxy in PATH; install the system's package `haproxy`")
     said = subprocess.run([found, "-v"], check=False, capture_output=True, text=True).stdout
     version = re.search(r"\d+\.\d+\.\d+", said)
-    return Contender("haproxy", version[0] if version else "?", partial(_launch_haproxy, found))
+    return Contender(
+        name, version[0] if version else "?", partial(_launch_haproxy, found, delay=delay)
+    )
 
 
 def haproxy_delaying() -> Contender:
-    """The same, with its default for small chunks: the kernel collects them for 200 ms. Raises `Absent`."""
-    plain = haproxy()
-    launch = partial(plain.launch, delay="")
-    return Contender("haproxy-delaying", plain.version, launch)
+    """HAProxy as it comes, which collects small chunks for 200 ms. Raises `Absent`."""
+    return haproxy("haproxy-delaying", delay="")
 
 
 def _launch_haproxy(
@@ -132,7 +132,7 @@ def _script(name: str) -> list[str]:
     return [str(ENVIRONMENT / "bin" / name)]
 
 
-def _installed(package: str, version: str) -> str:
+def installed(package: str, version: str) -> str:
     """Install a wheel into the peers' environment unless it is there; its version. Raises `Absent`.
 
     From where this machine's pip takes packages, and from a folder of wheels that PIP_FIND_LINKS names.

@@ -90,12 +90,14 @@ def end(process: "subprocess.Popen[str]") -> None:
         process.stdout.close()
 
 
-def wait_for(url: str, process: "subprocess.Popen[str]", log: Path) -> None:
+def wait_for(
+    url: str, process: "subprocess.Popen[str]", log: Path, timeout_s: float = START_S
+) -> None:
     """Return when a GET gives 200. Raises `StartError`."""
-    deadline = time.monotonic() + START_S
+    deadline = time.monotonic() + timeout_s
     while not answers(url):
         if process.poll() is not None or time.monotonic() > deadline:
-            why = "ended" if process.poll() is not None else f"is not ready after {START_S:g} s"
+            why = "ended" if process.poll() is not None else f"is not ready after {timeout_s:g} s"
             text = log.read_text(errors="replace")[-1500:]
             raise StartError(f"{' '.join(map(str, process.args))} {why}:\n{text}")  # type: ignore[arg-type]
         time.sleep(0.05)
@@ -152,7 +154,10 @@ class ClientProcess:
         if process.stdout.readline() != "ran\n":
             raise StartError("the client process has ended")
         on_ran()
-        return msgspec.json.decode(process.stdout.readline(), type=Seen)
+        line = process.stdout.readline()
+        if not line:
+            raise StartError("the client process has ended")
+        return msgspec.json.decode(line, type=Seen)
 
 
 @contextmanager

@@ -42,7 +42,7 @@ ROWS: Final = (
     Row(Case.TOKENS, "per_s", "256 streams: chunks/s"),
     Row(Case.TOKENS, "transit_p50_s", "256 streams: chunk later by, p50 ms", 1e3, ",.2f", added=True),
     Row(Case.TOKENS, "transit_p99_s", "256 streams: chunk later by, p99 ms", 1e3, ",.2f", added=True),
-    Row(Case.SINGLE, "p50_s", "1 client: latency added, p50 ms", 1e3, ",.3f", added=True, compared=True),
+    Row(Case.SINGLE, "p50_s", "1 client: added, p50 ms", 1e3, ",.3f", added=True, compared=True),
     Row(Case.PACE, "cpu_us", "10,000 chunks/s: CPU µs a chunk", form=",.1f", compared=True),
     Row(Case.PACE, "per_s", "10,000 chunks/s: chunks/s"),
     Row(Case.PACE, "transit_p99_s", "10,000 chunks/s: chunk later by, p99 ms", 1e3, ",.2f", added=True),
