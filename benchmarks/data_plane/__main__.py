@@ -5,6 +5,7 @@ Needs two cores: the router has one, engines and clients the other. Progress is 
 
 import argparse
 import contextlib
+import platform
 import resource
 import signal
 import statistics
@@ -81,7 +82,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _as_interrupt)
     sizes = msgspec.structs.replace(plain, seconds=arguments.seconds, crowd=arguments.crowd)
     chosen = [Case(case) for case in arguments.only]
-    sizes = msgspec.structs.replace(sizes, crowd=_crowd(sizes.crowd))
+    allowed = _crowd(sizes.crowd)
+    if Case.CROWD in chosen and allowed < sizes.crowd:
+        _say(f"crowd: {allowed} streams, since no more files may be open; asked for {sizes.crowd}")
+    sizes = msgspec.structs.replace(sizes, crowd=allowed)
     with tempfile.TemporaryDirectory(prefix="lorayard-bench-") as folder:
         if arguments.engine != "fixed":
             _paired(arguments, Path(folder))
@@ -173,8 +177,7 @@ def run(
                 for lost in one.lost:
                     say(f"  {name}, {lost.case}: {lost.good} of {lost.asked} good: {lost.wrong}")
                 if contender is not None:
-                    launch = contender.launch(engines, 0, folder / name)
-                    found.commands[name] = " ".join(map(str, launch.command))
+                    found.commands[name] = one.command
                     found.versions[name] = contender.version
     return found
 
@@ -194,6 +197,7 @@ def _round(
                  [case for case in cases if case is Case.CROWD]):  # fmt: skip
         if some:
             with running(contender, engines, cores, folder) as target:
+                found.command = target.command
                 measure(target, client, some, sizes, found)
     return found
 
@@ -217,6 +221,8 @@ def show(found: Run, sizes: Sizes, rounds: int, path: Path) -> None:
         )
     console.print(goal_table(judged))
     data: dict[str, Any] = {
+        "kernel": platform.release(),
+        "processor": _processor(),
         "sizes": msgspec.to_builtins(sizes),
         "rounds": rounds,
         "versions": found.versions,
@@ -239,10 +245,16 @@ def _crowd(wanted: int) -> int:
     if soft < min(needed, hard):
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, hard), hard))
         soft = min(needed, hard)
-    allowed = min(wanted, (soft - FILES_SPARE) // 2)
-    if allowed < wanted:
-        _say(f"crowd: {allowed} streams, since {soft} files may be open; asked for {wanted}")
-    return allowed
+    return min(wanted, (soft - FILES_SPARE) // 2)
+
+
+def _processor() -> str:
+    """The processor's name, where the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
 
 
 def _some(known: Sequence[str]) -> Callable[[str], list[str]]:

@@ -81,6 +81,7 @@ class Round(msgspec.Struct):
 
     figures: dict[Case, Figures] = {}
     lost: list[Lost] = []
+    command: str = ""
 
 
 class Target(msgspec.Struct, frozen=True):
@@ -90,6 +91,7 @@ class Target(msgspec.Struct, frozen=True):
     ports: tuple[int, ...]
     pid: int | None = None
     models: tuple[str, ...] = MODELS
+    command: str = ""
 
 
 @contextmanager
@@ -103,10 +105,11 @@ def running(
     port = free_port()
     log = folder / f"{contender.name}.log"
     launch = contender.launch(engines, port, folder)
+    command = " ".join(launch.command)
     with started(launch.command, cores.router, log) as process:
         wait_for(f"http://127.0.0.1:{port}{launch.ready}", process, log)
         time.sleep(SETTLE_S)
-        yield Target(contender.name, (port,), process.pid, contender.models)
+        yield Target(contender.name, (port,), process.pid, contender.models, command)
 
 
 def measure(

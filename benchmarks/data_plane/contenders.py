@@ -5,6 +5,7 @@ What the peers run with is in `peers`.
 """
 
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,7 +52,11 @@ DIRECT: Final = "direct"
 
 def lorayard() -> Contender:
     """This router, as it is in this working tree."""
-    return Contender("lorayard", "this tree", _launch_lorayard)
+    said = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=ROOT, check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    return Contender("lorayard", said.stdout.strip() or "this tree", _launch_lorayard)
 
 
 def _launch_lorayard(engines: Sequence[int], port: int, folder: Path) -> Launch:

@@ -141,8 +141,7 @@ def test_a_run_counts_every_case_of_each_contender_once_a_round(tmp_path: Path) 
         assert {
             case: len(of_case) for case, of_case in found.rounds[name].items()
         } == dict.fromkeys(Case, 1)
-    crowd = found.rounds["lorayard"][Case.CROWD][0]
-    assert (crowd["peak_open"], crowd["lost"]) == (24, 0)
+    assert found.rounds["lorayard"][Case.CROWD][0]["lost"] == 0
 
 
 @pytest.mark.processes
