@@ -208,7 +208,7 @@ def show(found: Run, sizes: Sizes, rounds: int, path: Path) -> None:
     judged = list(
         goals(found.rounds, lost=sum(ours) if OURS in found.rounds else None, crowd=sizes.crowd)
     )
-    console = Console(width=150)
+    console = Console(width=180)
     console.print(table(found.rounds, list(found.rounds), rounds))
     for name, why in found.absent.items():
         console.print(f"left out: {name}: {why}", highlight=False, markup=False)
