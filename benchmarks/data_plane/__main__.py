@@ -37,6 +37,7 @@ from benchmarks.data_plane.wire import BASE, WORKERS
 from benchmarks.support import parser, report
 
 FILES_SPARE: Final = 80
+LOG_SHOWN: Final = 1500
 CONTENDERS: Final[dict[str, Callable[[], Contender] | None]] = {
     DIRECT: None,
     "lorayard": lorayard,
@@ -176,6 +177,9 @@ def run(
                 found.lost += one.lost
                 for lost in one.lost:
                     say(f"  {name}, {lost.case}: {lost.good} of {lost.asked} good: {lost.wrong}")
+                log = folder / name / f"{name}.log"
+                if one.lost and log.exists():
+                    say(f"  the end of its log:\n{log.read_text(errors='replace')[-LOG_SHOWN:]}")
                 if contender is not None:
                     found.commands[name] = one.command
                     found.versions[name] = contender.version

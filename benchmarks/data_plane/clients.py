@@ -11,6 +11,8 @@ import gc
 import itertools
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterable
 from typing import Final, cast
 
 import httptools
@@ -23,6 +25,7 @@ from benchmarks.data_plane.wire import ANSWER, END_OF_CHUNKS, LAST, request, sta
 OK: Final = 200
 GOOD: Final = b"HTTP/1.1 200"
 HOST: Final = "127.0.0.1"
+WRONGS_SHOWN: Final = 3
 Pieces = list[tuple[int, bytes]]
 
 
@@ -270,7 +273,7 @@ async def _ask(load: Answers, wanted: list[list[bytes]]) -> Seen:
         per_s=sum(len(one.latencies) for one in askers) / wall_s,
         asked=sum(max(1, one.asked) for one in askers),
         good=sum(one.good for one in askers),
-        wrong=next((one.wrong for one in askers if one.wrong), ""),
+        wrong=_told_apart([one.wrong for one in askers]),
         latency_s=Spread.of([latency for one in askers for latency in one.latencies]),
     )
 
@@ -287,12 +290,11 @@ async def _read(load: Streams, wanted: list[list[bytes]]) -> Seen:
     from_s, to_s = (load.from_s, load.to_s) if load.to_s else (0.0, wall_s)
     window = started_ns + int(from_s * 1e9), started_ns + int(to_s * 1e9)
     found = [Reading(pieces, load.tokens, window) for one in readers for pieces in one.streams]
-    wrongs = [one.wrong for one in found if one.wrong] + [one.wrong for one in readers if one.wrong]
     return Seen(
         per_s=sum(len(one.transit_s) for one in found) / (to_s - from_s),
         asked=load.clients * load.each,
         good=sum(not one.wrong for one in found),
-        wrong=next(iter(wrongs), ""),
+        wrong=_told_apart([one.wrong for one in (*found, *readers)]),
         chunks=sum(one.chunks for one in found),
         transit_s=Spread.of([delay for one in found for delay in one.transit_s]),
         late_s=Spread.of([delay for one in found for delay in one.late_s]),
@@ -326,6 +328,12 @@ async def _drive(load: Answers | Streams, clients: list[Client], ramp_s: float) 
                 client.end(f"given up after {load.limit_s:g} s")
             client.wrong = client.wrong or f"not connected within {load.limit_s:g} s"
     return wall_s
+
+
+def _told_apart(wrongs: Iterable[str]) -> str:
+    """The most frequent things that went wrong, with how often they did."""
+    counted = Counter(wrong for wrong in wrongs if wrong)
+    return "; ".join(f"{count} × {wrong}" for wrong, count in counted.most_common(WRONGS_SHOWN))
 
 
 def _told() -> None:
