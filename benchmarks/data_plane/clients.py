@@ -294,7 +294,7 @@ async def _read(load: Streams, wanted: list[list[bytes]]) -> Seen:
         per_s=sum(len(one.transit_s) for one in found) / (to_s - from_s),
         asked=load.clients * load.each,
         good=sum(not one.wrong for one in found),
-        wrong=_told_apart([one.wrong for one in (*found, *readers)]),
+        wrong=_told_apart([one.wrong for one in found] + [one.wrong for one in readers]),
         chunks=sum(one.chunks for one in found),
         transit_s=Spread.of([delay for one in found for delay in one.transit_s]),
         late_s=Spread.of([delay for one in found for delay in one.late_s]),

@@ -63,8 +63,8 @@ class Spread(msgspec.Struct, frozen=True):
 class Seen(msgspec.Struct, frozen=True, kw_only=True):
     """What one load saw.
 
-    `good` are answers that came whole and byte for byte, of those `asked`; `wrong` says what was
-    wrong with the others. `per_s` is of answers, or of a stream's tokens. `transit_s` is from the engine's
+    `good` are answers that came whole and byte for byte, of those `asked`; `wrong` says what was wrong
+    with the others. `per_s` is of answers, or of a stream's tokens. `transit_s` is from the engine's
     step to the client, `late_s` by how much longer a gap between two tokens was at the client than at
     the engine.
     """
