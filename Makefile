@@ -34,7 +34,7 @@ CACHE := .lorayard
 MODEL := $(CACHE)/smollm2-135m
 
 .PHONY: help serve install install-engine install-train test test-fast test-lowest lint format \
-	bench validate demo-adapters clean
+	bench bench-data-plane validate demo-adapters clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -119,6 +119,9 @@ bench: $(VENV)/.test  ## measure the router's cost and the simulator's speed on 
 	$(PY) -m benchmarks.simulator_speed
 	$(PY) -m benchmarks.decisions
 	$(PY) -m benchmarks.overload
+
+bench-data-plane: $(VENV)/.test  ## measure this router beside vllm-router, smg and HAProxy (half an hour)
+	$(PY) -m benchmarks.data_plane --profile
 
 validate: $(VENV)/.test install-engine  ## compare the simulator with two real vLLM workers of this machine (half an hour)
 	$(PY) -m engine_worker.demo build $(MODEL)
