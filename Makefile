@@ -28,7 +28,7 @@ PARALLEL := --numprocesses 3 --dist loadgroup
 COMPILED := router/core/demand.py router/core/policies/cost.py router/core/residency.py \
 	router/core/shares.py router/core/timing.py router/frontend/connection.py \
 	router/frontend/exchange.py router/frontend/relay.py router/frontend/request.py \
-	router/patience.py router/telemetry/answer.py router/workers/upstream.py \
+	router/frontend/service.py router/patience.py router/telemetry/answer.py router/workers/upstream.py \
 	sim/engine.py sim/host.py sim/kv.py
 CACHE := .lorayard
 MODEL := $(CACHE)/smollm2-135m

@@ -20,6 +20,7 @@ COMPILED = (
     "router.frontend.exchange",
     "router.frontend.relay",
     "router.frontend.request",
+    "router.frontend.service",
     "router.patience",
     "router.telemetry.answer",
     "router.workers.upstream",

@@ -90,7 +90,7 @@ class Cost(Policy):
             if drop is None:
                 cost = weighing.cost(worker, best_s)
                 considered.append(cost)
-                total_s = cost.total_s
+                total_s = weighing.total_s
                 if total_s < best_s:
                     best, best_s, least = worker, total_s, cost
                 continue
@@ -104,7 +104,7 @@ class Cost(Policy):
                 full = True
                 cost = weighing.cost(worker, full_s)
                 considered.append(cost)
-                full_s = min(full_s, cost.total_s)
+                full_s = min(full_s, weighing.total_s)
                 again_at = min(again_at, worker.busy_until - AHEAD_S)
         left_out, looked_at = tuple(dropped), tuple(considered)
         chosen = best or spare
@@ -163,6 +163,7 @@ class _Weighing:
         "per_token_s",
         "reload_s",
         "stay_s",
+        "total_s",
         "victim_stay_s",
     )
 
@@ -186,6 +187,7 @@ class _Weighing:
         self.reload_s = self.load_s = fleet.learned.load_s(DISK)
         if adapter is not None and not fleet.staged(adapter):
             self.load_s = fleet.learned.load_s(STORE)
+        self.total_s = 0.0  # of the worker that was looked at last
         self.victim_stay_s: float | None = None  # until somebody's victim needs it
 
     def drop(self, worker: Worker) -> Drop | None:
@@ -193,7 +195,10 @@ class _Weighing:
         job, adapter = self.job, self.adapter
         if worker.ready_index < 0:
             return Drop.OVERLOADED if worker.accepting else Drop.NOT_ACCEPTING
-        if not worker.can_serve(adapter, job.tenant):
+        # `Worker.can_serve` written out.
+        places, tenant = worker.places, job.tenant
+        may = places.tenants.alone or places.may_open(tenant, worker.max_ongoing - worker.in_flight)
+        if not may or (adapter is not None and not worker.slots.can_serve(adapter, tenant)):
             return Drop.NO_SLOT
         if self.held and adapter is not None and _is_kept(worker.slots, adapter):
             return LAST_SLOT
@@ -263,6 +268,8 @@ class _Weighing:
         # No term is negative, so what the sum of the others says, harm can only say more clearly.
         if victim and wait_s + load_s + prefill_s + decode_s + others_s + stay_s < bound_s:
             harm_s = self._harm_s(victim.adapter, running * stall_s)
+        # In the order in which `Considered.total_s` adds them, to the last bit.
+        self.total_s = wait_s + load_s + prefill_s + decode_s + others_s + harm_s + stay_s
         return Considered(
             worker.id,
             wait_s,
