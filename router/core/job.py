@@ -39,7 +39,8 @@ class Job(msgspec.Struct, eq=False, gc=False):
     `max_output_tokens` 0 where the client did not say. `priority` is vLLM's: less is more urgent.
     `deadline` is the loop time by which its first token must be out. With `refuse_cold` it is turned
     away where its adapter is not resident. `prefix` are the marks of its prompt (see prefixes.py), and
-    `avoid` names workers that already failed this request.
+    `avoid` names workers that already failed this request. `contends_since` is the loop time at which
+    it was first refused because of another router, after which it goes before those who wait.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Job(msgspec.Struct, eq=False, gc=False):
     refuse_cold: bool = False
     prefix: tuple[Prefix, ...] = ()
     avoid: tuple[str, ...] = ()
+    contends_since: float | None = None
 
 
 class AdapterUse(StrEnum):
@@ -116,6 +118,7 @@ class LoadFault(StrEnum):
     ADAPTER_INVALID = "adapter_invalid"
     STORE_UNAVAILABLE = "store_unavailable"
     WORKER = "worker"
+    CONTENDED = "contended"  # nobody's: another router has what was to be had; decide again
 
 
 class LoadError(Exception):

@@ -18,7 +18,7 @@ from typing import Final, NoReturn, Self
 
 from router.core.admission import AdmissionQueue, Waiter
 from router.core.drain import DrainRate
-from router.core.fleet import Fleet, Report, Worker
+from router.core.fleet import Fleet, LoadRefusedError, Report, Worker
 from router.core.job import AdapterRef, AdapterUse, Job, LoadError, LoadFault, Outcome, Rejected
 from router.core.placement import Decision, Drop, Policy, Reason, nobody
 from router.core.ports import Loader, NoObserver, Observer
@@ -38,6 +38,8 @@ CLAIMS_AT_ONCE: Final = 16
 # After so many patiences another slot is closed instead: this one has a long answer in it.
 CLAIM_PATIENCES: Final = 4
 AGAIN_MIN_S: Final = 0.001
+# How often a job is placed anew because other routers were there first.
+CONTENDED_MAX: Final = 32
 # How many that would rather wait are passed over when a worker has room.
 REFUSALS_MAX: Final = 32
 
@@ -134,28 +136,55 @@ class Lease:
                     await router._fetched(job)  # noqa: SLF001
                 finally:
                     self.load_s = router.loop.time() - started
-            grant = router._admit(job)  # noqa: SLF001
-            if grant is None:
-                started = router.loop.time()
+            for left in range(CONTENDED_MAX, -1, -1):
                 try:
-                    grant = await router._wait(job)  # noqa: SLF001
-                finally:
-                    self.queued_s = router.loop.time() - started
-            slot = grant.slot
-            if slot is not None and slot.phase is not RESIDENT:
-                started = router.loop.time()
-                try:
-                    await router._resident(grant)  # noqa: SLF001
-                except BaseException:
-                    router._release(grant)  # noqa: SLF001
-                    raise
-                finally:
-                    self.load_s += router.loop.time() - started
+                    self._grant = await self._placed()
+                except LoadError as error:
+                    if error.fault is not LoadFault.CONTENDED:
+                        raise
+                    router._contends(job, left)  # noqa: SLF001
+                else:
+                    break
         except BaseException:
             router._settle(job, self._reserved, 0.0)  # noqa: SLF001
             raise
-        self._grant = grant
         return self
+
+    async def _placed(self) -> Grant:
+        """Be given a worker, and wait until the adapter is there. Raises `Rejected` and `LoadError`."""
+        router, job = self._router, self.job
+        grant = router._admit(job)  # noqa: SLF001
+        if grant is None:
+            started = router.loop.time()
+            try:
+                grant = await router._wait(job)  # noqa: SLF001
+            finally:
+                self.queued_s += router.loop.time() - started
+        slot = grant.slot
+        if slot is not None and slot.phase is not RESIDENT:
+            started = router.loop.time()
+            try:
+                await router._resident(grant)  # noqa: SLF001
+            except BaseException:
+                router._release(grant)  # noqa: SLF001
+                raise
+            finally:
+                self.load_s += router.loop.time() - started
+        return grant
+
+    def refused(self, *, full: bool, left: int) -> None:
+        """The worker refused the request because of other routers: it is full, or has not the adapter.
+
+        The lease is still held; who leaves it and takes another goes before those who wait. `left` is
+        how often it may. Raises `Rejected` where it may not, or has for too long.
+        """
+        grant, router = self._grant, self._router
+        assert grant is not None, "the lease is not held"
+        if full:
+            router.fleet.found_full(grant.worker)
+        elif grant.slot is not None:
+            router.fleet.found_gone(grant.worker, grant.slot)
+        router._contends(self.job, left)  # noqa: SLF001
 
     async def __aexit__(
         self,
@@ -496,6 +525,9 @@ class Router:
         queue = self._queue
         tag = queue.tag_of(job, self._tokens(job))
         until = now + self.queue_timeout_s
+        if job.contends_since is not None:  # it had its turn
+            tag = queue.clock
+            until = max(now, job.contends_since + self.queue_timeout_s)
         outcome = Outcome.QUEUE_TIMEOUT
         if job.deadline is not None and (last := self._last_moment(job, job.deadline)) < until:
             until, outcome = max(now, last), Outcome.DEADLINE
@@ -560,6 +592,15 @@ class Router:
         if worker is not None:
             self._give_up_claim(waiter)
             self._drain(worker)
+
+    def _contends(self, job: Job, left: int) -> None:
+        """Let the job be placed anew, as other routers were there first; not for ever."""
+        now = self.loop.time()
+        if job.contends_since is None:
+            job.contends_since = now
+        if not left or now - job.contends_since >= self.queue_timeout_s:
+            message = "no capacity: other routers of these workers were there first, time and again"
+            raise Rejected(Outcome.QUEUE_TIMEOUT, message, self.retry_after_s)
 
     def _shutting_down(self) -> Rejected:
         return Rejected(Outcome.SHUTTING_DOWN, "the router is shutting down", 1.0)
@@ -799,6 +840,8 @@ class Router:
         else:
             slot.error = error
             self.fleet.fail_load(worker, slot)
+            if isinstance(error, LoadRefusedError) and error.report is not None:
+                self.fleet.observe(worker, error.report, now)
             if self._replicas is not None:
                 self._replicas.failed(slot.adapter)
         del self._loads[worker.id, slot]
