@@ -5,7 +5,8 @@ of it meets, so here three bounds are kept, and what would break one is refused 
 is done, leaving everything as it was:
   1. no more requests are in flight than the worker was started with, whichever routers they come from;
   2. there are no more adapters than slots, those on their way counted in;
-  3. what another router uses, or has just loaded for a request that is not here yet, is not evicted.
+  3. what another router uses, or has just loaded for a request that is not here yet, is not evicted;
+     who has waited too long has it closed to new requests, and evicts it when those here are over.
 A router's own adapters are its own affair: it counts its requests before they are here.
 Pure: it counts, and reads the clock that it is given. Whoever waits is in service.py.
 """
@@ -82,6 +83,11 @@ class Arbiter:
         """The refusal for a request that waited for a load which failed."""
         return self._refuse(Refusal.ADAPTER_GONE, f"the load of {adapter.name} failed")
 
+    def kept(self, adapter: AdapterId) -> RefusedError:
+        """The refusal for a load whose victim was used for too long."""
+        message = f"no slot for {adapter.name}: what was to leave for it is still in use"
+        return self._refuse(Refusal.NO_SLOT, message)
+
     # Loads.
 
     def has_loaded(self, adapter: AdapterId, path: str) -> bool:
@@ -89,17 +95,20 @@ class Arbiter:
         return self.holds(adapter) and self._held[adapter] == path
 
     def begin_load(
-        self, router: str, adapter: AdapterId, evict: Sequence[AdapterId]
+        self, router: str, adapter: AdapterId, evict: Sequence[AdapterId], *, drain: bool = False
     ) -> tuple[AdapterId, ...]:
         """Promise the adapter a slot; returns who leaves for it. Raises `RefusedError`.
 
         One of `evict` that is not held, leaves already or is another router's stays out of it, and the
-        load is refused only where a slot is lacking without it.
+        load is refused only where a slot is lacking without it. With `drain` another router's leaves
+        too, once `used` says that nobody has a request for it any more.
         """
         leaves = tuple(
             victim
             for victim in evict
-            if victim != adapter and self.holds(victim) and not self.used_beside(router, victim)
+            if victim != adapter
+            and self.holds(victim)
+            and (drain or not self.used_beside(router, victim))
         )
         taken = len(self._held) + len(self._coming) - len(self._leaving)
         if adapter not in self._held and taken + 1 - len(leaves) > self._slots:
@@ -124,6 +133,10 @@ class Arbiter:
         if loaded:
             self._held[adapter] = path
             self._loads[adapter.name] = self._loads.get(adapter.name, 0) + 1
+
+    def used(self, adapters: Iterable[AdapterId]) -> bool:
+        """Whether a request for one of them is in flight."""
+        return any(adapter in self._users for adapter in adapters)
 
     def claim(self, router: str, adapter: AdapterId) -> None:
         """The router was told that its load is done: its request is on the way."""

@@ -476,12 +476,8 @@ def count_tokens(text: str) -> int:
     return max(1, len(text) // 4)
 
 
-def _json(
-    body: bytes, status: int = 200, headers: dict[str, str] | None = None
-) -> web.Response:
-    return web.Response(
-        body=body, status=status, headers=headers, content_type="application/json"
-    )
+def _json(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    return web.Response(body=body, status=status, headers=headers, content_type="application/json")
 
 
 def _router(request: web.Request) -> str:

@@ -56,7 +56,9 @@ class WorkerError(Exception):
 
     def body(self) -> bytes:
         """The answer's body."""
-        return msgspec.json.encode(WireError(WireErrorBody(str(self), code=self._code), self._state))
+        return msgspec.json.encode(
+            WireError(WireErrorBody(str(self), code=self._code), self._state)
+        )
 
     def headers(self) -> dict[str, str]:
         """What the answer's head says of it."""
@@ -127,7 +129,9 @@ class StateFeed:
         if self._gathering is None and self.followers > 1:
             self._gathering = asyncio.get_running_loop().call_later(GATHER_S, self.tell)
 
-    async def lines(self, view: Callable[[State], State] = lambda state: state) -> AsyncIterator[bytes]:
+    async def lines(
+        self, view: Callable[[State], State] = lambda state: state
+    ) -> AsyncIterator[bytes]:
         """The state now, at every change, and from time to time, as JSON lines.
 
         `view` makes of the state what this follower is told.
@@ -170,6 +174,7 @@ class WorkerService:
         self._locks: dict[str, asyncio.Lock] = {}
         self._arbiter = Arbiter(info.max_loras, info.max_ongoing_requests, time.monotonic)
         self._arrivals: dict[AdapterId, asyncio.Event] = {}
+        self._left = asyncio.Event()  # set, and made anew, when a request has ended
 
     def authorized(self, header: str | None) -> bool:
         """Whether an `Authorization` header carries the token, where there is one."""
@@ -227,6 +232,8 @@ class WorkerService:
             finally:
                 arbiter.leave(router, adapter)
                 self._feed.tell_soon()
+                self._left.set()
+                self._left = asyncio.Event()
         except RefusedError as refused:
             raise WorkerError(503, str(refused), code=refused.refusal) from None
 
@@ -257,23 +264,45 @@ class WorkerService:
     async def _load(self, request: LoadRequest, router: str) -> None:
         adapter, arbiter, feed = request.adapter, self._arbiter, self._feed
         try:
-            leaves = arbiter.begin_load(router, adapter, request.evict)
+            leaves = arbiter.begin_load(router, adapter, request.evict, drain=request.drain_s > 0.0)
         except RefusedError as refused:
-            state = self._view(router, feed.state)
-            raise WorkerError(409, str(refused), code=refused.refusal, state=state) from None
+            raise self._refused_load(refused, router) from None
         arrival = self._arrivals[adapter] = asyncio.Event()
         feed.set_adapters(feed.state.gpu, feed.state.host)
         loaded = False
+        kept: RefusedError | None = None
+        tiers: Tiers | None = None
         try:
+            if request.drain_s > 0.0:
+                await self._drained(adapter, leaves, request.drain_s)
             tiers = await self._engine.add(adapter, request.path, leaves)
             loaded = True
+        except RefusedError as refused:
+            kept = refused
         finally:
             arbiter.end_load(adapter, request.path, leaves, loaded=loaded)
             if not loaded:
                 feed.set_adapters(feed.state.gpu, feed.state.host)
             del self._arrivals[adapter]
             arrival.set()
+        if kept is not None:
+            raise self._refused_load(kept, router)
         feed.set_adapters(*(tiers or (feed.state.gpu, feed.state.host)))
+
+    async def _drained(
+        self, adapter: AdapterId, leaves: Sequence[AdapterId], timeout_s: float
+    ) -> None:
+        """Wait until nobody uses those who leave. Raises `RefusedError`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._arbiter.used(leaves):
+                    await self._left.wait()
+        except TimeoutError:
+            raise self._arbiter.kept(adapter) from None
+
+    def _refused_load(self, refused: RefusedError, router: str) -> WorkerError:
+        state = self._view(router, self._feed.state)
+        return WorkerError(409, str(refused), code=refused.refusal, state=state)
 
     async def unload(self, body: bytes) -> bytes:
         """Drop an adapter. Raises `WorkerError`."""

@@ -394,8 +394,11 @@ class Fleet:
             self._settle(worker)
 
     def found_full(self, worker: Worker) -> None:
-        """The worker refused a request: other routers have filled it. So it stays till its next word."""
-        self._set_others(worker, max(worker.others, worker.max_ongoing - worker.in_flight))
+        """The worker refused a request, which is counted still: other routers have filled it.
+
+        So it stays until its next word.
+        """
+        self._set_others(worker, max(worker.others, worker.max_ongoing - worker.in_flight + 1))
 
     def found_gone(self, worker: Worker, slot: Slot) -> None:
         """The worker refused a request: another router has evicted its adapter since."""

@@ -55,6 +55,11 @@ class Job(msgspec.Struct, eq=False, gc=False):
     avoid: tuple[str, ...] = ()
     contends_since: float | None = None
 
+    @property
+    def is_again(self) -> bool:
+        """Whether it was placed before, and not answered."""
+        return bool(self.avoid) or self.contends_since is not None
+
 
 class AdapterUse(StrEnum):
     """In which state the worker's slot was when the job was placed: the header `x-adapter`."""

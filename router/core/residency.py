@@ -226,7 +226,7 @@ class SlotCache:
         self._idled += 1
         slot.idle_since = self._idled
         slot.value = self.clock + slot.uses * slot.reload_s
-        if not slot.pinned and not slot.foreign:
+        if not slot.pinned and (slot.closed or not slot.foreign):
             self._idle[slot.adapter] = slot
             self._victim = None
 
@@ -239,13 +239,13 @@ class SlotCache:
             slot = self._slots.get(adapter)
             if slot is not None and slot.foreign and adapter not in adapters:
                 slot.foreign = False
-                if slot.phase is RESIDENT and not slot.users:
+                if slot.phase is RESIDENT and not slot.users and adapter not in self._idle:
                     self._fall_idle(slot)
         for adapter in adapters:
             slot = self._slots.get(adapter)
-            if slot is not None:
+            if slot is not None and not slot.foreign:
                 slot.foreign = True
-                if self._idle.pop(adapter, None) is not None:
+                if not slot.closed and self._idle.pop(adapter, None) is not None:
                     self._victim = None
 
     # Who leaves.
@@ -266,12 +266,17 @@ class SlotCache:
         return next(iter(self._idle.values()))
 
     def close(self, slot: Slot) -> None:
-        """Let nobody new use it, until it has fallen idle and left, or is opened; one at a time."""
+        """Let nobody new use it, until it has fallen idle and left, or is opened; one at a time.
+
+        One that other routers alone use can leave at once: the worker will drain it.
+        """
         assert self._closed is None, self._closed
         assert slot.phase is RESIDENT, slot.phase
         slot.closed = True
         self._closed = slot
         self._victim = None
+        if slot.foreign and not slot.users:
+            self._fall_idle(slot)
 
     @property
     def closed(self) -> Slot | None:
@@ -284,6 +289,8 @@ class SlotCache:
             return False
         self._closed = self._victim = None
         slot.closed = False
+        if slot.foreign:
+            self._idle.pop(slot.adapter, None)
         return slot.phase is RESIDENT
 
     def pin(self, slot: Slot, *, pinned: bool) -> None:

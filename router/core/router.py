@@ -379,7 +379,7 @@ class Router:
         if job.refuse_cold and adapter is not None and not fleet.resident(adapter):
             self._refuse_cold(adapter)
         tokens = job.prompt_tokens + fleet.learned.expected_output(job.max_output_tokens)
-        if wait_s := self._quotas.reserve(job.tenant, tokens, now, again=bool(job.avoid)):
+        if wait_s := self._quotas.reserve(job.tenant, tokens, now, again=job.is_again):
             raise Rejected(
                 Outcome.OVER_QUOTA,
                 f"tenant `{job.tenant}` is over its quota; there is room again in {wait_s:.3g} s",
@@ -707,7 +707,7 @@ class Router:
 
         One of the tenant's own, or of another that uses more than its share where this one does not.
         """
-        best: tuple[int, int, int] | None = None
+        best: tuple[int, bool, int, int] | None = None
         chosen: tuple[Worker, Slot] | None = None
         for worker in self.fleet.ready:
             if worker.slots.closed is not None or worker.id in waiter.job.avoid:
@@ -715,12 +715,18 @@ class Router:
             tenant, shares = waiter.job.tenant, worker.slots.shares
             entitled = shares.entitled(tenant)
             for slot in worker.slots:
-                if slot.tenant != tenant and not (entitled and shares.beyond(slot.tenant)):
+                if (
+                    slot.users
+                    and slot.tenant != tenant
+                    and not (entitled and shares.beyond(slot.tenant))
+                ):
                     continue
-                if slot.phase is RESIDENT and slot.users and not slot.pinned:
-                    # One that was closed for it before, and has not fallen idle, comes last.
+                if slot.phase is RESIDENT and (slot.users or slot.foreign) and not slot.pinned:
+                    # One that was closed for it before, and has not fallen idle, comes last; and
+                    # before it one that other routers use.
                     rank = (
                         waiter.tried.count(slot),
+                        slot.foreign,
                         slot.users,
                         -len(self.fleet.holders(slot.adapter)),
                     )
@@ -731,6 +737,8 @@ class Router:
             self._claims[waiter.seq] = chosen
             waiter.tried.append(chosen[1])
             waiter.claim_until = self.loop.time() + CLAIM_PATIENCES * self.slot_patience_s
+            if not chosen[1].users:
+                self._drain(chosen[0])
 
     def _claim_memory(self, waiter: Waiter[Grant]) -> None:
         """Send nobody else to the worker with the most memory left, until this one fits."""

@@ -10,10 +10,11 @@ import re
 import time
 from typing import Final
 
+from engine_worker.protocol import Refusal
 from router.adapters.store import StoreError
 from router.config import RouterConfig
 from router.core.job import AdapterRef, Job, LoadError, LoadFault, Outcome, Rejected
-from router.core.router import Lease
+from router.core.router import CONTENDED_MAX, Lease
 from router.frontend.errors import ApiError, load_failed, model_not_found, rejected
 from router.frontend.head import BYTES_PER_TOKEN, Head
 from router.frontend.prefix import prefix_of
@@ -24,7 +25,7 @@ from router.model import ModelService
 from router.telemetry.answer import Answer
 from router.telemetry.metrics import Metrics
 from router.telemetry.recorder import Recorder, Recording
-from router.workers.upstream import WorkerFailedError, WorkerStalledError
+from router.workers.upstream import WorkerFailedError, WorkerRefusedError, WorkerStalledError
 
 log = logging.getLogger("lorayard.frontend")
 
@@ -151,6 +152,7 @@ class Exchange:
 
     async def _run(self) -> bool:
         left = self._config.max_retries
+        refusals_left = CONTENDED_MAX
         while True:
             self.outcome = Outcome.CLIENT_GONE
             lease = self._model.router.lease(self._job)
@@ -158,7 +160,7 @@ class Exchange:
                 self._recording.leases.append(lease)
             try:
                 async with lease:
-                    return await self._relay(lease)
+                    return await self._relay(lease, refusals_left)
             except Rejected as error:
                 self.outcome = error.outcome
                 raise rejected(error) from None
@@ -172,6 +174,10 @@ class Exchange:
                     raise load_failed(error) from None
                 if error.worker is not None:
                     self._job.avoid = (*self._job.avoid, error.worker)
+            except WorkerRefusedError:
+                # Another router was there first: no worker failed, so it costs no retry.
+                refusals_left -= 1
+                continue
             except WorkerStalledError as error:
                 self.outcome = Outcome.WORKER_STALLED
                 if not left:
@@ -206,7 +212,7 @@ class Exchange:
             code=self.outcome.value,
         )
 
-    async def _relay(self, lease: Lease) -> bool:
+    async def _relay(self, lease: Lease, refusals_left: int) -> bool:
         name, job, request, config = self._model.model_id, self._job, self._request, self._config
         worker_id = self._worker_id = lease.worker.id
         self._stamps = f"x-worker: {worker_id}\r\nx-adapter: {lease.use.value}\r\n"
@@ -218,7 +224,8 @@ class Exchange:
             self._recording.adapter_use = lease.use
             self._recording.answer = answer
         # A retry, if there is one, should go elsewhere.
-        job.avoid = (*job.avoid, worker_id)
+        avoid = job.avoid
+        job.avoid = (*avoid, worker_id)
         client = self._model.pool.client(worker_id)
         if client is None:
             raise WorkerFailedError("it is gone")
@@ -239,12 +246,12 @@ class Exchange:
         try:
             if adapter is not None:
                 await client.activate(adapter)
-            version = adapter.version if adapter else ""
+            version, named = (adapter.version, adapter.model_id) if adapter else ("", "")
             status, closes = await relay(
                 passage,
                 self._client,
                 client.upstreams,
-                request.for_worker(self._path, version, client.upstreams.headers),
+                request.for_worker(self._path, named, version, client.upstreams.headers),
                 request.body,
                 first_byte_timeout_s=config.first_byte_timeout_s,
                 idle_timeout_s=config.idle_timeout_s,
@@ -252,6 +259,11 @@ class Exchange:
             self._count(lease, answer, status)
         except asyncio.CancelledError:
             self._count(lease, answer)
+            raise
+        except WorkerRefusedError as error:
+            job.avoid = avoid
+            self._metrics.refused(name, error.refusal)
+            lease.refused(full=error.refusal == Refusal.FULL, left=refusals_left)
             raise
         except AdapterNotThereError:
             assert adapter is not None

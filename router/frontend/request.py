@@ -3,7 +3,12 @@
 import zlib
 from typing import Final
 
-from engine_worker.protocol import VERSION_HEADER
+from engine_worker.protocol import (
+    ADAPTER_HEADER,
+    REFUSED_HEADER,
+    ROUTER_HEADER,
+    VERSION_HEADER,
+)
 from router.frontend import terms
 from router.frontend.errors import ApiError, too_large
 
@@ -19,6 +24,7 @@ HOP_BY_HOP: Final = frozenset(
 NOT_FORWARDED: Final = HOP_BY_HOP | terms.HEADERS | {
     "host", "authorization", "x-api-key", "api-key", "cookie", "content-length",
     "content-encoding", "accept-encoding", "x-request-id", VERSION_HEADER.lower(),
+    ADAPTER_HEADER.lower(), ROUTER_HEADER.lower(), REFUSED_HEADER.lower(),
 }  # fmt: skip
 # zlib's names for a gzip header and trailer, and for either of what is called deflate.
 WINDOW: Final = {
@@ -53,10 +59,10 @@ class Request:
         self.http_1_0 = False
         self.keep_alive = True
 
-    def for_worker(self, path: str, version: str, own: bytes) -> bytes:
+    def for_worker(self, path: str, adapter: str, version: str, own: bytes) -> bytes:
         """The head that a worker gets: our connection's `own` lines, what the client's say, our id.
 
-        `version` names the adapter version that is meant, if one is.
+        `adapter` and `version` name the adapter that is meant, if one is.
         """
         named = self.headers.get("connection")
         dropped = NOT_FORWARDED
@@ -65,6 +71,8 @@ class Request:
         lines = [f"POST {path} HTTP/1.1\r\n"]
         lines += [f"{name}: {value}\r\n" for name, value in self.fields if name not in dropped]
         lines.append(f"x-request-id: {self.id}\r\ncontent-length: {len(self.body)}\r\n")
+        if adapter:
+            lines.append(f"{ADAPTER_HEADER}: {adapter}\r\n")
         if version:
             lines.append(f"{VERSION_HEADER}: {version}\r\n")
         return b"".join(("".join(lines).encode("latin-1"), own, b"\r\n"))

@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from engine_worker.protocol import Refusal
 from router.core.explain import in_one_line
 from router.core.fleet import Worker
 from router.core.job import AdapterRef, AdapterUse, Job, LoadError, Outcome
@@ -100,6 +101,12 @@ class Metrics:
             ("model",),
             registry=self.registry,
         )
+        self.refusals = Counter(
+            "lorayard_worker_refusals",
+            "Requests that a worker refused because another router was there first; placed anew.",
+            ("model", "refusal"),
+            registry=self.registry,
+        )
         self.record_rows = Counter(
             "lorayard_record_rows",
             "Requests that were written to the recording.",
@@ -159,6 +166,11 @@ class Metrics:
     def retried(self, model: str) -> None:
         """A request goes to another worker because one failed."""
         self.retries.labels(model).inc()
+
+    def refused(self, model: str, refusal: str) -> None:
+        """A worker refused a request because another router was there first."""
+        known = refusal if refusal in set(Refusal) else OTHER
+        self.refusals.labels(model, known).inc()
 
     def tenant_ended(self, model: str, tenant: str, outcome: Outcome, tokens: int) -> None:
         """Count how a tenant's request ended, and its tokens. Only of a tenant that is configured."""
