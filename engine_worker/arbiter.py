@@ -1,8 +1,8 @@
 """One engine among several routers: who may enter, who may load, and what each is told of the others.
 
-A router decides by what it knows, and of the other routers it knows what was true a moment ago. Here all
-of it meets, so here three bounds are kept, and what would break one is refused by name before any work
-is done, leaving everything as it was:
+A router decides by what it knows, and of other routers it knows what was true a moment ago. Here all of
+it meets, so here three bounds are kept, and what would break one is refused by name before any work is
+done, leaving everything as it was:
   1. no more requests are in flight than the worker was started with, whichever routers they come from;
   2. there are no more adapters than slots, those on their way counted in;
   3. what another router uses, or has just loaded for a request that is not here yet, is not evicted;
@@ -13,8 +13,6 @@ Pure: it counts, and reads the clock that it is given. Whoever waits is in servi
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
-
-import msgspec
 
 from engine_worker.protocol import AdapterId, Occupancy, Refusal
 

@@ -119,8 +119,8 @@ class Occupancy(msgspec.Struct, frozen=True):
 class LoadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Make an adapter resident from a folder that the worker can read; then drop `evict`.
 
-    `drain_s` is for who has waited too long for a slot: `evict` then takes no new requests of any router,
-    and the load waits for so long until those that it has are over.
+    `drain_s` is for who has waited too long for a slot: `evict` then takes no new requests of any
+    router, and the load waits for so long until those that it has are over.
     """
 
     adapter: AdapterId

@@ -1,7 +1,8 @@
 """What every engine worker does alike, whatever its engine: loads one at a time a name, and state.
 
-Several routers may use it: what each may do is the arbiter's to say (arbiter.py). The engine proper is an `Engine`; the two web servers (vLLM's own application, and the emulated
-engine's) only carry bytes to and from here.
+Several routers may use it: what each may do is the arbiter's to say (arbiter.py). The engine proper
+is an `Engine`; the two web servers (vLLM's own application, and the emulated engine's) only carry
+bytes to and from here.
 """
 
 import asyncio

@@ -155,9 +155,7 @@ class Exchange:
         refusals_left = CONTENDED_MAX
         while True:
             self.outcome = Outcome.CLIENT_GONE
-            lease = self._model.router.lease(self._job)
-            if self._recording is not None:
-                self._recording.leases.append(lease)
+            lease = self._lease()
             try:
                 async with lease:
                     return await self._relay(lease, refusals_left)
@@ -188,6 +186,12 @@ class Exchange:
                     raise self._worker_error(502, error) from None
             left -= 1
             self._metrics.retried(self._model.model_id)
+
+    def _lease(self) -> Lease:
+        lease = self._model.router.lease(self._job)
+        if self._recording is not None:
+            self._recording.leases.append(lease)
+        return lease
 
     async def _knows_a_newer(self, error: LoadError) -> bool:
         """Whether the adapter had changed in the store, and the job is for what it is now; once."""

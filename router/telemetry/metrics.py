@@ -5,7 +5,7 @@ An adapter's name is a label only of adapters that are in the store, and of no m
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from random import Random
 from typing import Any, Final
 
@@ -47,6 +47,8 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._adapters: dict[tuple[str, str], None] = {}
+        # What `GET /metrics` answers, where that is more than this process's own page.
+        self.scrape: Callable[[], Awaitable[bytes]] = self._own_page
         self.requests = Counter(
             "lorayard_requests",
             "Requests by the way in which they ended.",
@@ -192,8 +194,11 @@ class Metrics:
             self._adapters[key] = None
         return adapter.name
 
+    async def _own_page(self) -> bytes:
+        return self.page()
+
     def page(self) -> bytes:
-        """The text of `GET /metrics`."""
+        """This process's metrics, in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
