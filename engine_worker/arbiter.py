@@ -36,7 +36,7 @@ class Arbiter:
         self._max_ongoing = max_ongoing
         self._now = now
         self._held: dict[AdapterId, str] = {}  # with the folder that each came from
-        self._coming: dict[AdapterId, None] = {}
+        self._coming: dict[AdapterId, str] = {}  # with the router that loads it
         self._leaving: dict[AdapterId, None] = {}
         self._requests: dict[str, int] = {}  # by router
         self._users: dict[AdapterId, dict[str, int]] = {}
@@ -101,6 +101,8 @@ class Arbiter:
         load is refused only where a slot is lacking without it. With `drain` another router's leaves
         too, once `used` says that nobody has a request for it any more.
         """
+        if adapter in self._leaving:
+            raise self._refuse(Refusal.NO_SLOT, f"{adapter.name} is about to leave for another")
         leaves = tuple(
             victim
             for victim in evict
@@ -114,7 +116,7 @@ class Arbiter:
                 Refusal.NO_SLOT, f"no slot for {adapter.name}: {taken} of {self._slots} are taken"
             )
         if adapter not in self._held:
-            self._coming[adapter] = None
+            self._coming[adapter] = router
         self._leaving.update(dict.fromkeys(leaves))
         return leaves
 
@@ -175,7 +177,9 @@ class Arbiter:
         return self._ongoing - self._requests.get(router, 0)
 
     def used_beside(self, router: str, adapter: AdapterId) -> bool:
-        """Whether another router uses the adapter, or has just loaded it for a request."""
+        """Whether another router uses the adapter, loads it, or has just loaded it for a request."""
+        if self._coming.get(adapter, router) != router:
+            return True
         users = self._users.get(adapter)
         if users is not None and (len(users) > 1 or router not in users):
             return True
@@ -187,7 +191,7 @@ class Arbiter:
 
     def used_by_others(self, router: str) -> tuple[AdapterId, ...]:
         """The adapters for which that is so."""
-        candidates = dict.fromkeys((*self._users, *self._claims))
+        candidates = dict.fromkeys((*self._users, *self._coming, *self._claims))
         return tuple(adapter for adapter in candidates if self.used_beside(router, adapter))
 
     def occupancy(self) -> Occupancy:

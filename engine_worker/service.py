@@ -167,13 +167,14 @@ class WorkerService:
         feed: StateFeed,
         *,
         token: str | None,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
         self._info = info
         self._feed = feed
         self._token = token
         self._locks: dict[str, asyncio.Lock] = {}
-        self._arbiter = Arbiter(info.max_loras, info.max_ongoing_requests, time.monotonic)
+        self._arbiter = Arbiter(info.max_loras, info.max_ongoing_requests, now)
         self._arrivals: dict[AdapterId, asyncio.Event] = {}
         self._left = asyncio.Event()  # set, and made anew, when a request has ended
 

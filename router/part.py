@@ -43,10 +43,10 @@ class Part(msgspec.Struct, frozen=True):
         """Bind the address that the supervisor holds. Raises `OSError`."""
         return bound(host, port, shared=True)
 
-    def siblings(self, metrics: Metrics) -> Siblings:
-        """Whoever answers `GET /metrics` answers for all."""
+    async def share(self, metrics: Metrics) -> None:
+        """Have whoever answers `GET /metrics` answer for all, until this process ends."""
         names = [f"r{number}" for number in range(self.count)]
-        return Siblings(Path(self.folder), self.name, names, metrics)
+        await Siblings(Path(self.folder), self.name, names, metrics).start()
 
     def ready(self, announcement: str) -> None:
         """Tell the supervisor."""

@@ -55,7 +55,7 @@ async def serve(config: Config, part: Part | None = None) -> None:
         frontend = Frontend(Models(models), settings, metrics, keys, recorder)
         try:
             if part is not None:
-                await part.siblings(metrics).start()
+                await part.share(metrics)
             await frontend.start(listener)
             for model in models:
                 await model.start()

@@ -26,7 +26,7 @@ class Siblings:
         self._name = name
         self._names = names
         self._metrics = metrics
-        self._server: asyncio.Server | None = None  # until the process ends
+        self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
         """Answer the others, and for all."""
@@ -59,6 +59,11 @@ class Siblings:
             writer.write(self._metrics.page())
             await writer.drain()
         writer.close()
+
+    def close(self) -> None:
+        """Answer the others no more."""
+        if self._server is not None:
+            self._server.close()
 
 
 def merged(pages: Iterable[tuple[str, bytes]]) -> bytes:

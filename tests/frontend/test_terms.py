@@ -74,10 +74,15 @@ def test_without_tenants_and_deadline_there_are_none() -> None:
 def test_the_routers_own_headers_reach_no_worker() -> None:
     request = Request()
     request.id = "id"
-    request.fields = [*((name, "1") for name in sorted(terms.HEADERS)), ("x-other", "kept")]
-    head = request.for_worker("/v1/x", "", b"host: w\r\n").decode().split("\r\n")
+    ours = ("x-lorayard-adapter", "x-lorayard-adapter-version", "x-lorayard-router")
+    request.fields = [
+        *((name, "1") for name in (*sorted(terms.HEADERS), *ours)),
+        ("x-other", "kept"),
+    ]
+    head = request.for_worker("/v1/x", "m:a", "", b"host: w\r\n").decode().split("\r\n")
     assert head[0] == "POST /v1/x HTTP/1.1"
     assert sorted(filter(None, head[1:])) == [
+        "X-Lorayard-Adapter: m:a",
         "content-length: 0",
         "host: w",
         "x-other: kept",
