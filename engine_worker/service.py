@@ -176,7 +176,7 @@ class WorkerService:
         self._locks: dict[str, asyncio.Lock] = {}
         self._arbiter = Arbiter(info.max_loras, info.max_ongoing_requests, now)
         self._arrivals: dict[AdapterId, asyncio.Event] = {}
-        self._left = asyncio.Event()  # set, and made anew, when a request has ended
+        self._left = asyncio.Event()  # set, and made anew, when a request or a load has ended
 
     def authorized(self, header: str | None) -> bool:
         """Whether an `Authorization` header carries the token, where there is one."""
@@ -234,8 +234,7 @@ class WorkerService:
             finally:
                 arbiter.leave(router, adapter)
                 self._feed.tell_soon()
-                self._left.set()
-                self._left = asyncio.Event()
+                self._ended()
         except RefusedError as refused:
             raise WorkerError(503, str(refused), code=refused.refusal) from None
 
@@ -254,6 +253,8 @@ class WorkerService:
                 started = time.monotonic()
                 if not (Path(request.path) / "adapter_config.json").is_file():
                     raise WorkerError(400, f"no adapter_config.json in {request.path}")
+                while adapter in self._arbiter.leaving:
+                    await self._left.wait()
                 if not self._arbiter.has_loaded(adapter, request.path):
                     await self._load(request, router)
                 self._arbiter.claim(router, adapter)
@@ -287,9 +288,14 @@ class WorkerService:
                 feed.set_adapters(feed.state.gpu, feed.state.host)
             del self._arrivals[adapter]
             arrival.set()
+            self._ended()
         if kept is not None:
             raise self._refused_load(kept, router)
         feed.set_adapters(*(tiers or (feed.state.gpu, feed.state.host)))
+
+    def _ended(self) -> None:
+        self._left.set()
+        self._left = asyncio.Event()
 
     async def _drained(
         self, adapter: AdapterId, leaves: Sequence[AdapterId], timeout_s: float

@@ -40,7 +40,8 @@ class Job(msgspec.Struct, eq=False, gc=False):
     `deadline` is the loop time by which its first token must be out. With `refuse_cold` it is turned
     away where its adapter is not resident. `prefix` are the marks of its prompt (see prefixes.py), and
     `avoid` names workers that already failed this request. `contends_since` is the loop time at which
-    it was first refused because of another router, after which it goes before those who wait.
+    it was first refused because of another router, after which it goes before those who wait, and
+    `contentions` how often it was.
     """
 
     id: str
@@ -54,6 +55,7 @@ class Job(msgspec.Struct, eq=False, gc=False):
     prefix: tuple[Prefix, ...] = ()
     avoid: tuple[str, ...] = ()
     contends_since: float | None = None
+    contentions: int = 0
 
     @property
     def is_again(self) -> bool:

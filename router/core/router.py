@@ -38,10 +38,18 @@ CLAIMS_AT_ONCE: Final = 16
 # After so many patiences another slot is closed instead: this one has a long answer in it.
 CLAIM_PATIENCES: Final = 4
 AGAIN_MIN_S: Final = 0.001
-# How often a job is placed anew because other routers were there first.
-CONTENDED_MAX: Final = 32
+# Where other routers were quicker a job is placed anew: so often at once, then after longer pauses.
+CONTENTIONS_AT_ONCE: Final = 3
+CONTENTION_PAUSE_S: Final = 0.005
+CONTENTION_PAUSE_MAX_S: Final = 0.25
 # How many that would rather wait are passed over when a worker has room.
 REFUSALS_MAX: Final = 32
+
+
+def contention_pause_s(contentions: int) -> float:
+    """How long a job waits that so many times was refused because of other routers."""
+    doublings = min(contentions - CONTENTIONS_AT_ONCE, 10)
+    return min(CONTENTION_PAUSE_S * (1 << doublings), CONTENTION_PAUSE_MAX_S)
 
 
 class Grant:
@@ -136,15 +144,15 @@ class Lease:
                     await router._fetched(job)  # noqa: SLF001
                 finally:
                     self.load_s = router.loop.time() - started
-            for left in range(CONTENDED_MAX, -1, -1):
+            while self._grant is None:
+                if job.contentions > CONTENTIONS_AT_ONCE:
+                    await asyncio.sleep(contention_pause_s(job.contentions))
                 try:
                     self._grant = await self._placed()
                 except LoadError as error:
                     if error.fault is not LoadFault.CONTENDED:
                         raise
-                    router._contends(job, left)  # noqa: SLF001
-                else:
-                    break
+                    router._contends(job)  # noqa: SLF001
         except BaseException:
             router._settle(job, self._reserved, 0.0)  # noqa: SLF001
             raise
@@ -172,11 +180,11 @@ class Lease:
                 self.load_s += router.loop.time() - started
         return grant
 
-    def refused(self, *, full: bool, left: int) -> None:
+    def refused(self, *, full: bool) -> None:
         """The worker refused the request because of other routers: it is full, or has not the adapter.
 
-        The lease is still held; who leaves it and takes another goes before those who wait. `left` is
-        how often it may. Raises `Rejected` where it may not, or has for too long.
+        The lease is still held; who leaves it and takes another goes before those who wait. Raises
+        `Rejected` where that has gone on for `queue_timeout_s`.
         """
         grant, router = self._grant, self._router
         assert grant is not None, "the lease is not held"
@@ -184,7 +192,7 @@ class Lease:
             router.fleet.found_full(grant.worker)
         elif grant.slot is not None:
             router.fleet.found_gone(grant.worker, grant.slot)
-        router._contends(self.job, left)  # noqa: SLF001
+        router._contends(self.job)  # noqa: SLF001
 
     async def __aexit__(
         self,
@@ -593,12 +601,13 @@ class Router:
             self._give_up_claim(waiter)
             self._drain(worker)
 
-    def _contends(self, job: Job, left: int) -> None:
+    def _contends(self, job: Job) -> None:
         """Let the job be placed anew, as other routers were there first; not for ever."""
         now = self.loop.time()
+        job.contentions += 1
         if job.contends_since is None:
             job.contends_since = now
-        if not left or now - job.contends_since >= self.queue_timeout_s:
+        if now - job.contends_since >= self.queue_timeout_s:
             message = "no capacity: other routers of these workers were there first, time and again"
             raise Rejected(Outcome.QUEUE_TIMEOUT, message, self.retry_after_s)
 

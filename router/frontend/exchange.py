@@ -14,7 +14,7 @@ from engine_worker.protocol import Refusal
 from router.adapters.store import StoreError
 from router.config import RouterConfig
 from router.core.job import AdapterRef, Job, LoadError, LoadFault, Outcome, Rejected
-from router.core.router import CONTENDED_MAX, Lease
+from router.core.router import Lease
 from router.frontend.errors import ApiError, load_failed, model_not_found, rejected
 from router.frontend.head import BYTES_PER_TOKEN, Head
 from router.frontend.prefix import prefix_of
@@ -152,13 +152,12 @@ class Exchange:
 
     async def _run(self) -> bool:
         left = self._config.max_retries
-        refusals_left = CONTENDED_MAX
         while True:
             self.outcome = Outcome.CLIENT_GONE
             lease = self._lease()
             try:
                 async with lease:
-                    return await self._relay(lease, refusals_left)
+                    return await self._relay(lease)
             except Rejected as error:
                 self.outcome = error.outcome
                 raise rejected(error) from None
@@ -173,9 +172,7 @@ class Exchange:
                 if error.worker is not None:
                     self._job.avoid = (*self._job.avoid, error.worker)
             except WorkerRefusedError:
-                # Another router was there first: no worker failed, so it costs no retry.
-                refusals_left -= 1
-                continue
+                continue  # another router was there first: no worker failed, so it costs no retry
             except WorkerStalledError as error:
                 self.outcome = Outcome.WORKER_STALLED
                 if not left:
@@ -216,7 +213,7 @@ class Exchange:
             code=self.outcome.value,
         )
 
-    async def _relay(self, lease: Lease, refusals_left: int) -> bool:
+    async def _relay(self, lease: Lease) -> bool:
         name, job, request, config = self._model.model_id, self._job, self._request, self._config
         worker_id = self._worker_id = lease.worker.id
         self._stamps = f"x-worker: {worker_id}\r\nx-adapter: {lease.use.value}\r\n"
@@ -267,7 +264,7 @@ class Exchange:
         except WorkerRefusedError as error:
             job.avoid = avoid
             self._metrics.refused(name, error.refusal)
-            lease.refused(full=error.refusal == Refusal.FULL, left=refusals_left)
+            lease.refused(full=error.refusal == Refusal.FULL)
             raise
         except AdapterNotThereError:
             assert adapter is not None
