@@ -46,12 +46,6 @@ CONTENTION_PAUSE_MAX_S: Final = 0.25
 REFUSALS_MAX: Final = 32
 
 
-def contention_pause_s(contentions: int) -> float:
-    """How long a job waits that so many times was refused because of other routers."""
-    doublings = min(contentions - CONTENTIONS_AT_ONCE, 10)
-    return min(CONTENTION_PAUSE_S * (1 << doublings), CONTENTION_PAUSE_MAX_S)
-
-
 class Grant:
     """What was reserved for one job. `context_tokens` is what its worker counts it for."""
 
@@ -146,7 +140,7 @@ class Lease:
                     self.load_s = router.loop.time() - started
             while self._grant is None:
                 if job.contentions > CONTENTIONS_AT_ONCE:
-                    await asyncio.sleep(contention_pause_s(job.contentions))
+                    self.queued_s += await router._pause(job.contentions)  # noqa: SLF001
                 try:
                     self._grant = await self._placed()
                 except LoadError as error:
@@ -600,6 +594,18 @@ class Router:
         if worker is not None:
             self._give_up_claim(waiter)
             self._drain(worker)
+
+    async def _pause(self, contentions: int) -> float:
+        """Let other routers be done, the longer the oftener they were quicker; how long that was."""
+        doublings = min(contentions - CONTENTIONS_AT_ONCE, 10)
+        pause_s = min(CONTENTION_PAUSE_S * (1 << doublings), CONTENTION_PAUSE_MAX_S)
+        over: asyncio.Future[None] = self.loop.create_future()
+        timer = self.loop.call_later(pause_s, over.set_result, None)
+        try:
+            await over
+        finally:
+            timer.cancel()
+        return pause_s
 
     def _contends(self, job: Job) -> None:
         """Let the job be placed anew, as other routers were there first; not for ever."""
