@@ -600,7 +600,12 @@ class Router:
         doublings = min(contentions - CONTENTIONS_AT_ONCE, 10)
         pause_s = min(CONTENTION_PAUSE_S * (1 << doublings), CONTENTION_PAUSE_MAX_S)
         over: asyncio.Future[None] = self.loop.create_future()
-        timer = self.loop.call_later(pause_s, lambda: over.done() or over.set_result(None))
+
+        def end() -> None:
+            if not over.done():
+                over.set_result(None)
+
+        timer = self.loop.call_later(pause_s, end)
         try:
             await over
         finally:
