@@ -261,10 +261,10 @@ class Exchange:
         except asyncio.CancelledError:
             self._count(lease, answer)
             raise
-        except WorkerRefusedError as error:
+        except WorkerRefusedError as refused:  # a name of its own: compiled, a name has one type
             job.avoid = avoid
-            self._metrics.refused(name, error.refusal)
-            lease.refused(full=error.refusal == Refusal.FULL)
+            self._metrics.refused(name, refused.refusal)
+            lease.refused(full=refused.refusal == Refusal.FULL)
             raise
         except AdapterNotThereError:
             assert adapter is not None
