@@ -40,6 +40,13 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--port", type=int, default=8100, help="0 lets the system choose")
     top.add_argument("--uds", type=Path, help="listen on this Unix socket instead")
     top.add_argument(
+        "--max-ongoing-requests",
+        type=int,
+        default=0,
+        metavar="N",
+        help="refuse what is beyond N requests in flight, of all routers together (default: 0, none)",
+    )
+    top.add_argument(
         "--drain-timeout-s",
         type=float,
         default=30.0,
@@ -81,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         calibration=arguments.calibration,
         token=token,
         drain_timeout_s=arguments.drain_timeout_s,
+        max_ongoing_requests=arguments.max_ongoing_requests,
     )
     try:
         listener = listen(arguments.host, arguments.port, arguments.uds)

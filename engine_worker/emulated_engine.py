@@ -221,6 +221,7 @@ class EmulatedWorker:
             async_scheduling=limits.async_scheduling,
             kv_tokens=self._engine.kv.total * limits.block_size,
             block_size=limits.block_size,
+            max_ongoing_requests=options.max_ongoing_requests,
         )
         self._service = WorkerService(self._adapters, info, self._feed, token=options.token)
         self._max_model_len = limits.max_model_len
@@ -243,6 +244,7 @@ class EmulatedWorker:
                 web.get(protocol.HEALTH, self._health),
                 web.get(protocol.INFO, self._info),
                 web.get(protocol.ADAPTERS, self._state),
+                web.get(protocol.OCCUPANCY, self._occupancy),
                 web.get(protocol.STATE, self._state_stream),
                 web.post(protocol.LOAD, self._load),
                 web.post(protocol.UNLOAD, self._unload),
@@ -260,10 +262,15 @@ class EmulatedWorker:
             request.headers.get("Authorization")
         ):
             return _json(WorkerError(401, "no or wrong worker token").body(), 401)
+        response: web.StreamResponse
         try:
-            response: web.StreamResponse = await handler(request)
+            if request.method == "POST" and request.path.startswith("/v1/"):
+                async with self._service.admitted(_names_in_lower_case(request)):
+                    response = await handler(request)
+            else:
+                response = await handler(request)
         except WorkerError as error:
-            return _json(error.body(), error.status)
+            return _json(error.body(), error.status, error.headers())
         except web.HTTPException as error:
             return _json(WorkerError(error.status, error.reason).body(), error.status)
         return response
@@ -276,11 +283,14 @@ class EmulatedWorker:
     async def _info(self, _: web.Request) -> web.Response:
         return _json(self._service.info())
 
-    async def _state(self, _: web.Request) -> web.Response:
-        return _json(self._service.state())
+    async def _state(self, request: web.Request) -> web.Response:
+        return _json(self._service.state(_router(request)))
+
+    async def _occupancy(self, _: web.Request) -> web.Response:
+        return _json(self._service.occupancy())
 
     async def _load(self, request: web.Request) -> web.Response:
-        return _json(await self._service.load(await request.read()))
+        return _json(await self._service.load(await request.read(), _router(request)))
 
     async def _unload(self, request: web.Request) -> web.Response:
         return _json(await self._service.unload(await request.read()))
@@ -289,7 +299,7 @@ class EmulatedWorker:
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
         await response.prepare(request)
         with contextlib.suppress(ConnectionError):
-            async for line in self._service.lines():
+            async for line in self._service.lines(_router(request)):
                 await response.write(line)
         return response
 
@@ -466,8 +476,16 @@ def count_tokens(text: str) -> int:
     return max(1, len(text) // 4)
 
 
-def _json(body: bytes, status: int = 200) -> web.Response:
-    return web.Response(body=body, status=status, content_type="application/json")
+def _json(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    return web.Response(body=body, status=status, headers=headers, content_type="application/json")
+
+
+def _router(request: web.Request) -> str:
+    return request.headers.get(protocol.ROUTER_HEADER, "")
+
+
+def _names_in_lower_case(request: web.Request) -> dict[str, str]:
+    return {name.lower(): value for name, value in request.headers.items()}
 
 
 def _event(data: dict[str, Any]) -> bytes:

@@ -13,3 +13,4 @@ class WorkerOptions(NamedTuple):
     calibration: str | None
     token: str | None
     drain_timeout_s: float
+    max_ongoing_requests: int = 0

@@ -18,6 +18,7 @@ from collections.abc import (
     Callable,
     Iterable,
     Iterator,
+    Mapping,
     MutableMapping,
     Sequence,
 )
@@ -140,6 +141,7 @@ def _info(options: WorkerOptions, config: Any, version: str) -> Info:  # noqa: A
         async_scheduling=bool(scheduler.async_scheduling),
         kv_tokens=(cache.num_gpu_blocks or 0) * cache.block_size,
         block_size=cache.block_size,
+        max_ongoing_requests=options.max_ongoing_requests,
     )
 
 
@@ -379,19 +381,33 @@ class WorkerApp:
             await self._app(scope, receive, send)
             return
         path, method = scope["path"], scope["method"]
-        headers = dict(scope["headers"])
-        authorization = headers.get(b"authorization", b"").decode("latin-1")
-        if path != protocol.HEALTH and not self._service.authorized(authorization):
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+        }
+        router = headers.get(protocol.ROUTER_HEADER.lower(), "")
+        if path != protocol.HEALTH and not self._service.authorized(headers.get("authorization")):
             error = WorkerError(401, "no or wrong worker token")
             await _answer(send, 401, error.body())
         elif not path.startswith(protocol.PREFIX):
-            version = headers.get(protocol.VERSION_HEADER.lower().encode(), b"")
-            asked_version.set(version.decode("latin-1"))
-            await self._app(scope, receive, self._telling_death(send))
+            asked_version.set(headers.get(protocol.VERSION_HEADER.lower(), ""))
+            if method == "POST" and path.startswith("/v1/"):
+                await self._admitted(scope, headers, receive, send)
+            else:
+                await self._app(scope, receive, self._telling_death(send))
         elif (method, path) == ("GET", protocol.STATE):
-            await _stream(receive, send, self._service.lines())
+            await _stream(receive, send, self._service.lines(router))
         else:
-            await self._route(method, path, receive, send)
+            await self._route(method, path, router, receive, send)
+
+    async def _admitted(
+        self, scope: Scope, headers: Mapping[str, str], receive: Receive, send: Send
+    ) -> None:
+        """Serve an OpenAI request, unless it is refused because of other routers."""
+        try:
+            async with self._service.admitted(headers):
+                await self._app(scope, receive, self._telling_death(send))
+        except WorkerError as error:  # vLLM's application raises none
+            await _answer(send, error.status, error.body(), error.headers())
 
     def _telling_death(self, send: Send) -> Send:
         """Answer 503, which a router takes elsewhere, where the 500 is a dead engine's."""
@@ -403,16 +419,20 @@ class WorkerApp:
 
         return sent
 
-    async def _route(self, method: str, path: str, receive: Receive, send: Send) -> None:
+    async def _route(
+        self, method: str, path: str, router: str, receive: Receive, send: Send
+    ) -> None:
         service = self._service
         try:
             match method, path:
                 case "GET", protocol.INFO:
                     body = service.info()
                 case "GET", protocol.ADAPTERS:
-                    body = service.state()
+                    body = service.state(router)
+                case "GET", protocol.OCCUPANCY:
+                    body = service.occupancy()
                 case "POST", protocol.LOAD:
-                    body = await service.load(await _body(receive))
+                    body = await service.load(await _body(receive), router)
                 case "POST", protocol.UNLOAD:
                     body = await service.unload(await _body(receive))
                 case _:
@@ -434,8 +454,11 @@ async def _body(receive: Receive) -> bytes:
             return b"".join(parts)
 
 
-async def _answer(send: Send, status: int, body: bytes) -> None:
+async def _answer(
+    send: Send, status: int, body: bytes, more: Mapping[str, str] | None = None
+) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    headers += [(name.lower().encode(), value.encode()) for name, value in (more or {}).items()]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 

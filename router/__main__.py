@@ -1,9 +1,9 @@
 """`python -m router serve CONFIG.yaml` and `python -m router check CONFIG.yaml`."""
 
 import argparse
-import asyncio
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -13,11 +13,14 @@ from router.adapters.store import StoreError
 from router.adapters.validate import InvalidAdapterError
 from router.check import CheckError, check
 from router.config import Config, ConfigError, RecordConfig, load
+from router.part import run
 from router.serve import serve
+from router.supervisor import PartStartError, supervise
 from router.telemetry.record_file import RecordError
 from router.workers.process import WorkerStartError
 
 PORT_MAX = 65535
+PROCESSES_MAX = 64
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,6 +40,13 @@ def parser() -> argparse.ArgumentParser:
     server.add_argument("--host", help="instead of router.host")
     server.add_argument(
         "--port", type=_port, help="instead of router.port; 0 lets the system choose"
+    )
+    server.add_argument(
+        "--processes",
+        type=_count,
+        metavar="N",
+        help="instead of router.processes: N router processes at one port, over the same workers; each "
+        "has 1/N of quotas and queue, and a recording of its own (FILE.0.jsonl, FILE.1.jsonl ...)",
     )
     server.add_argument(
         "--record",
@@ -59,12 +69,27 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     arguments = parser().parse_args(argv)
-    errors = Console(stderr=True, soft_wrap=True)
-    try:
+
+    def work() -> int | None:
         config = load(arguments.config)
         if arguments.command == "check":
             return check(config, Console(soft_wrap=True))
-        _serve(_overridden(config, arguments), arguments.log_level)
+        config = _overridden(config, arguments)
+        several = config.router.processes > 1
+        set_up_logging(arguments.log_level, "--" if several else "")
+        run(lambda: supervise(config, arguments.log_level) if several else serve(config))
+        return 0
+
+    return guarded(work)
+
+
+def guarded(work: Callable[[], int | None]) -> int:
+    """Do it; the exit status, having said what went wrong."""
+    errors = Console(stderr=True, soft_wrap=True)
+    try:
+        return work() or 0
+    except PartStartError as error:  # it has said why
+        return error.status if error.status > 0 else 1
     except (
         ConfigError,
         CheckError,
@@ -78,11 +103,14 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         errors.print(f"error: {error}", style="red", highlight=False, markup=False)
         return 1
-    return 0
 
 
 def _overridden(config: Config, arguments: argparse.Namespace) -> Config:
-    given = {"host": arguments.host, "port": arguments.port}
+    given = {
+        "host": arguments.host,
+        "port": arguments.port,
+        "processes": arguments.processes,
+    }
     changes = {name: value for name, value in given.items() if value is not None}
     if arguments.record is not None:
         record = config.router.record or RecordConfig("")
@@ -90,22 +118,25 @@ def _overridden(config: Config, arguments: argparse.Namespace) -> Config:
     return msgspec.structs.replace(config, router=msgspec.structs.replace(config.router, **changes))
 
 
-def _serve(config: Config, level: str) -> None:
+def set_up_logging(level: str, process: str = "") -> None:
+    """Log to standard error, with the name of the process where there are several."""
+    name = f"{process} " if process else ""
     logging.basicConfig(
         level=level.upper(),
-        format="%(asctime)s %(levelname).1s %(message)s",
+        format=f"%(asctime)s %(levelname).1s {name}%(message)s",
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
     logging.getLogger("botocore").setLevel(logging.WARNING)
     # It logs a traceback for what a client sends; what is the router's fault the front end logs.
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
-    try:
-        import uvloop  # noqa: PLC0415  (not on every platform)
-    except ImportError:
-        asyncio.run(serve(config))
-    else:
-        uvloop.run(serve(config))
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= PROCESSES_MAX:
+        raise argparse.ArgumentTypeError(f"{text} is no number from 1 to {PROCESSES_MAX}")
+    return value
 
 
 def _port(text: str) -> int:

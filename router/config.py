@@ -151,6 +151,8 @@ class TenantConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 class RouterConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """The router process itself. Every bound it keeps is here.
 
+    `processes` is how many of them there are, at one port; each has an equal share of the quotas and of
+    `max_queued_requests`, and a recording of its own.
     `first_byte_timeout_s` is how long a worker may take to begin its answer, `idle_timeout_s` how
     long it may pause within one; `drain_timeout_s` how long running requests may take at shutdown.
     Who has waited for an adapter's slot for `slot_patience_s` gets one that is freed for it;
@@ -165,6 +167,7 @@ class RouterConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     host: str = "127.0.0.1"
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8000
+    processes: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     policy: str = "cost"
     max_queued_requests: Natural = 1024
     queue_timeout_s: Seconds = 60.0

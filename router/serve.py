@@ -9,7 +9,7 @@ import gc
 import logging
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import prometheus_client
@@ -19,6 +19,7 @@ from router.frontend.auth import Keys
 from router.frontend.models import Models
 from router.frontend.service import Frontend
 from router.model import ModelService
+from router.part import Alone, Part, bound
 from router.telemetry.metrics import Metrics
 from router.telemetry.recorder import Recorder
 from router.workers.devices import gpus_per_worker, this_machine
@@ -27,8 +28,8 @@ log = logging.getLogger("lorayard")
 GC_THRESHOLD: Final = 50_000
 
 
-async def serve(config: Config) -> None:
-    """Serve until SIGTERM or SIGINT.
+async def serve(config: Config, part: Part | None = None) -> None:
+    """Serve until SIGTERM or SIGINT, alone or as `part` of several processes.
 
     Raises `OSError` where the port cannot be had, `RecordError` where the recording's file cannot,
     `StoreError` where a store cannot be read, and `WorkerStartError` where a worker does not come up.
@@ -43,7 +44,7 @@ async def serve(config: Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     settings = config.router
-    listener = listen(settings.host, settings.port)
+    listener = bound(settings.host, settings.port, shared=part is not None)
     prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
     metrics = Metrics()
     models: list[ModelService] = []
@@ -52,14 +53,11 @@ async def serve(config: Config) -> None:
     try:
         if settings.record is not None:
             recorder = Recorder.open(settings.record, metrics)
-        machine = this_machine(config.llm_configs)
-        place = 0
-        for llm in config.llm_configs:
-            models.append(ModelService(llm, settings, metrics, machine, place))
-            if llm.engine == "vllm":
-                place += llm.replicas * gpus_per_worker(llm)
+        models += _services(config, metrics)
         frontend = Frontend(Models(models), settings, metrics, keys, recorder)
         try:
+            if part is not None:
+                await part.share(metrics)
             await frontend.start(listener)
             for model in models:
                 await model.start()
@@ -68,7 +66,8 @@ async def serve(config: Config) -> None:
             await _until_started(models, stop)
             _collect_seldom()
             if not stop.is_set():
-                announce(address, models, with_key=bool(keys))
+                text = announcement(address, models, with_key=bool(keys))
+                (part or Alone).ready(text)
             await stop.wait()
             log.info("stopping: %d requests are running", frontend.in_flight)
             for model in models:
@@ -97,6 +96,16 @@ def _collect_seldom() -> None:
     gc.set_threshold(GC_THRESHOLD, *gc.get_threshold()[1:])
 
 
+def _services(config: Config, metrics: Metrics) -> Iterator[ModelService]:
+    """Each model's, with its share of what this machine has."""
+    machine = this_machine(config.llm_configs)
+    place = 0
+    for llm in config.llm_configs:
+        yield ModelService(llm, config.router, metrics, machine, place)
+        if llm.engine == "vllm":
+            place += llm.replicas * gpus_per_worker(llm)
+
+
 async def _until_started(models: Sequence[ModelService], stop: asyncio.Event) -> None:
     starting = asyncio.gather(*(model.started() for model in models))
     stopping = asyncio.ensure_future(stop.wait())
@@ -121,28 +130,14 @@ async def _drain(frontend: Frontend, hurry: asyncio.Event, timeout_s: float) -> 
     hurried.cancel()
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Bind the front end's socket, before anything slow is begun. Raises `OSError`."""
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.setblocking(False)
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
 def url_of(listener: socket.socket) -> str:
     """The address that a listener is reached at."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def announce(address: str, models: Sequence[ModelService], *, with_key: bool) -> None:
-    """Print two lines to try: one for a base model, one for an adapter if there is one."""
+def announcement(address: str, models: Sequence[ModelService], *, with_key: bool) -> str:
+    """That it is ready, with two lines to try: for a base model, and for an adapter if there is one."""
     model = models[0]
     ids = [model.model_id]
     if model.catalog is not None and model.catalog.names:
@@ -154,4 +149,4 @@ def announce(address: str, models: Sequence[ModelService], *, with_key: bool) ->
         '[{"role": "user", "content": "What is the capital of France?"}]}\''
         for model_id in ids
     ]
-    print(f"\nready on {address}/v1\n\n" + "\n\n".join(lines) + "\n", flush=True)  # noqa: T201
+    return f"\nready on {address}/v1\n\n" + "\n\n".join(lines) + "\n"

@@ -2,16 +2,20 @@
 
 A version is fetched once, however many workers want it at once, into a temporary folder beside its
 place, checked, and moved there in one step. What is in place is therefore complete and sound, also
-after a `kill -9`, and two processes may share the folder: whoever moves second finds it done.
+after a `kill -9`, and processes may share the folder: one of them fetches, under a lock that the kernel
+takes back from who is killed, and the others find it done.
 """
 
 import asyncio
+import fcntl
 import os
 import random
 import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -33,6 +37,8 @@ from router.adapters.validate import (
 from router.core.job import LoadError, LoadFault
 
 PARTIAL: Final = ".partial-"
+LOCK: Final = ".lock-"
+LOCK_POLL_S: Final = 0.02
 STALE_S: Final = 3600.0
 BACKOFF_S: Final = 0.2
 FETCHES_MAX: Final = 8
@@ -133,6 +139,10 @@ class AdapterCache:
         )
 
     def _fetch_once(self, adapter: StoredAdapter, place: Path, stop: threading.Event) -> None:
+        with _locked(place.with_name(f"{LOCK}{place.name}"), stop.is_set):
+            self._fetch_alone(adapter, place, stop)
+
+    def _fetch_alone(self, adapter: StoredAdapter, place: Path, stop: threading.Event) -> None:
         refused = False
         if place.is_dir():
             try:
@@ -155,3 +165,41 @@ class AdapterCache:
                     raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _locked(path: Path, stopped: Callable[[], bool]) -> Iterator[None]:
+    """Hold a lock among processes, or none once `stopped`: who fetches then only does it twice."""
+    while True:
+        file = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            while not (held := _try_lock(file)) and not stopped():
+                time.sleep(LOCK_POLL_S)
+            # Whoever held it has removed the file, and the lock of a removed file locks nobody out.
+            if held and not _is_at(file, path):
+                continue
+            try:
+                yield
+            finally:
+                if held:
+                    path.unlink(missing_ok=True)
+            return
+        finally:
+            os.close(file)
+
+
+def _try_lock(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+def _is_at(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False

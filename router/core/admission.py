@@ -153,6 +153,11 @@ class AdmissionQueue(Generic[GrantT]):
         return self._length >= self.limit
 
     @property
+    def clock(self) -> float:
+        """The tag of who was served last in order: with it one goes before all who wait."""
+        return self._clock
+
+    @property
     def first(self) -> Waiter[GrantT] | None:
         """Whose turn it is."""
         return self._order.first()
@@ -203,9 +208,10 @@ class AdmissionQueue(Generic[GrantT]):
     def join(self, waiter: Waiter[GrantT], tag: float) -> None:
         """Wait by one's tag; the queue is not full."""
         assert not self.full
-        waiter.cost = tag - self._begin(waiter.job)
         waiter.unit = self._unit(waiter.job)
-        self.charge(waiter.job, tag)
+        if waiter.job.contends_since is None:  # else it has been charged
+            waiter.cost = tag - self._begin(waiter.job)
+            self.charge(waiter.job, tag)
         self._seq += 1
         waiter.seq = self._seq
         waiter.tag = tag

@@ -112,19 +112,21 @@ class Claims:
 
         One of the tenant's own, or of another that uses more than its share where this one does not.
         """
-        best: tuple[int, int, int] | None = None
+        best: tuple[int, bool, int, int] | None = None
         chosen: tuple[Worker, Slot] | None = None
         for worker in self._fleet.ready:
             if worker.slots.closed is not None or worker.id in waiter.job.avoid:
                 continue
             tenant, shares = waiter.job.tenant, worker.slots.shares
             for slot in worker.slots:
-                if slot.tenant != tenant and not shares.yields(slot.tenant, tenant):
+                if slot.users and slot.tenant != tenant and not shares.yields(slot.tenant, tenant):
                     continue
-                if slot.phase is RESIDENT and slot.users and not slot.pinned:
-                    # One that was closed for it before, and has not fallen idle, comes last.
+                if slot.phase is RESIDENT and (slot.users or slot.foreign) and not slot.pinned:
+                    # One that was closed for it before, and has not fallen idle, comes last; and
+                    # before it one that other routers use.
                     rank = (
                         waiter.tried.count(slot),
+                        slot.foreign,
                         slot.users,
                         -len(self._fleet.holders(slot.adapter)),
                     )
@@ -135,6 +137,8 @@ class Claims:
             self._slots[waiter.seq] = chosen
             waiter.tried.append(chosen[1])
             waiter.claim_until = self._loop.time() + PATIENCES * self._patience_s
+            if not chosen[1].users:
+                self._serve(chosen[0])
 
     def _claim_memory(self, waiter: Waiter[Any]) -> None:
         """Send nobody else to the worker with the most memory left, until this one fits."""

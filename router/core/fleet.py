@@ -2,8 +2,10 @@
 
 Truth is kept in this order:
   1. what this router has in flight, counted at the moment of decision, before any await;
-  2. what the worker pushes (`Report`), which is late by nature: it corrects the ledger only.
-So a burst cannot pile onto one worker in the time that a report takes.
+  2. what the worker pushes (`Report`), which is late by nature: it corrects the ledger, and says what
+     other routers have in flight there, which is added to our own count.
+So a burst cannot pile onto one worker in the time that a report takes. What several routers decide at
+once the worker arbitrates: it refuses, and the refused decide again (`refused`).
 
 Indexes keep placement cheap: the holders of each adapter, who has it in host memory, the workers that
 are not overloaded, and those of them with a slot to give. They change by a constant amount of work
@@ -19,7 +21,7 @@ from typing import Final
 import msgspec
 
 from router.core.demand import MEMORY_S, Demand
-from router.core.job import AdapterRef, Job
+from router.core.job import AdapterRef, Job, LoadError, LoadFault
 from router.core.prefixes import PrefixIndex
 from router.core.residency import COLD, RESIDENT, Eviction, Slot, SlotCache
 from router.core.shares import Shares, Tenants
@@ -31,7 +33,10 @@ STAY_MAX_S: Final = 600.0
 
 
 class Report(msgspec.Struct, frozen=True, gc=False):
-    """What a worker said of itself, last. `seq` rises with every change of its adapters."""
+    """What a worker said of itself, last. `seq` rises with every change of its adapters.
+
+    `others` counts the requests that other routers have there, `used` are the adapters of those.
+    """
 
     seq: int = 0
     running: int = 0
@@ -39,6 +44,16 @@ class Report(msgspec.Struct, frozen=True, gc=False):
     kv_usage: float = 0.0
     gpu: tuple[AdapterRef, ...] = ()
     host: tuple[AdapterRef, ...] = ()
+    others: int = 0
+    used: tuple[AdapterRef, ...] = ()
+
+
+class LoadRefusedError(LoadError):
+    """The worker refused a load because of another router, and said how things are there."""
+
+    def __init__(self, message: str, report: Report | None) -> None:
+        super().__init__(LoadFault.CONTENDED, message)
+        self.report = report
 
 
 class Worker:
@@ -47,6 +62,8 @@ class Worker:
     `busy_until` is the loop time at which the prompts sent there will have been computed, were nothing
     else to do; `context_tokens` what those in flight hold in its memory, `kv_tokens` how many tokens
     that holds (0: not known); `pace` how long its steps take relative to what is predicted.
+    `in_flight` are this router's requests, `ongoing` all that are there as far as is known. Workers
+    are looked at in the order of their `rank`, so that routers which see the same choose the same.
     """
 
     __slots__ = (
@@ -61,8 +78,11 @@ class Worker:
         "kv_tokens",
         "max_ongoing",
         "number",
+        "ongoing",
+        "others",
         "pace",
         "places",
+        "rank",
         "ready_index",
         "report",
         "seq_floor",
@@ -78,8 +98,10 @@ class Worker:
         slots: int,
         eviction: Eviction = Eviction.LRU,
         kv_tokens: int = 0,
+        rank: int = 0,
     ) -> None:
         assert max_ongoing > 0, max_ongoing
+        self.rank = rank
         self.id = worker_id
         self.number = 0  # in the fleet's order, once it is in one
         self.max_ongoing = max_ongoing
@@ -88,6 +110,8 @@ class Worker:
         self.kv_tokens = kv_tokens
         self.kept_for: Job | None = None  # who has waited long for its memory
         self.in_flight = 0
+        self.others = 0
+        self.ongoing = 0
         self.completed = 0
         self.accepting = True
         self.report = Report()
@@ -101,14 +125,14 @@ class Worker:
 
     @property
     def overloaded(self) -> bool:
-        """Whether it has `max_ongoing_requests` in flight."""
-        return self.in_flight >= self.max_ongoing
+        """Whether it has `max_ongoing_requests` in flight, other routers' included."""
+        return self.ongoing >= self.max_ongoing
 
     def can_serve(self, adapter: AdapterRef | None, tenant: str = "") -> bool:
         """Whether the tenant may have a place here, and the adapter is held or can have a slot."""
         places = self.places
         if not places.tenants.alone and not places.may_open(
-            tenant, self.max_ongoing - self.in_flight
+            tenant, self.max_ongoing - self.ongoing
         ):
             return False
         return adapter is None or self.slots.can_serve(adapter, tenant)
@@ -229,9 +253,12 @@ class Fleet:
     def add(self, worker: Worker) -> None:
         """A worker joins; its id must be new."""
         assert worker.id not in self._workers, worker.id
+        last = next(reversed(self._workers.values()), None)
         self._workers[worker.id] = worker
         self._joined += 1
         worker.number = self._joined
+        if last is not None and last.rank > worker.rank:
+            self._workers = {one.id: one for one in sorted(self, key=_rank)}
         worker.slots.pins = self.pins
         worker.slots.shares.join(self.tenants, self.tenants.slots)
         worker.places.join(self.tenants, self.tenants.places)
@@ -270,8 +297,9 @@ class Fleet:
         Returns the slot and whether the caller must now load the adapter into it.
         """
         worker.in_flight += 1
+        worker.ongoing += 1
         worker.places.opened(tenant)
-        full = worker.in_flight >= worker.max_ongoing
+        full = worker.ongoing >= worker.max_ongoing
         if adapter is None:
             if full:
                 self._settle(worker)
@@ -299,6 +327,7 @@ class Fleet:
         """Give back what `reserve` took."""
         assert worker.in_flight > 0, worker
         worker.in_flight -= 1
+        worker.ongoing -= 1
         worker.places.closed(tenant)
         worker.completed += 1
         if worker.ready_index < 0:
@@ -335,7 +364,7 @@ class Fleet:
     def learn_pace(self, worker: Worker, step_s: float) -> None:
         """A token took so long there, with what is in flight now."""
         predicted_s = self.learned.times.step_s(
-            worker.in_flight, worker.slots.in_use, worker.context_tokens
+            worker.ongoing, worker.slots.in_use, worker.context_tokens
         )
         worker.pace = new_pace(worker.pace, predicted_s, step_s)
 
@@ -344,6 +373,7 @@ class Fleet:
     def finish_load(self, worker: Worker, slot: Slot, seq: int, now: float = 0.0) -> Slot | None:
         """The adapter is resident as of the worker's state `seq`. Returns the evicted slot."""
         worker.seq_floor = max(worker.seq_floor, seq)
+        worker.seq_settled = -1  # where another router had loaded it, the victim has not left
         victim = worker.slots.finish_load(slot)
         self._settle(worker)
         if victim is not None:
@@ -366,7 +396,10 @@ class Fleet:
         if report.host != worker.report.host and self._workers.get(worker.id) is worker:
             self._hosts(worker, dict.fromkeys(report.host))
         worker.report = report
-        if report.waiting == 0 and report.running >= worker.in_flight > 0:
+        if report.others != worker.others:
+            self._set_others(worker, report.others)
+        worker.slots.set_foreign(report.used)
+        if report.waiting == 0 and report.running >= worker.ongoing and worker.in_flight:
             # All that was sent there is in its batch: no prompt waits, whatever was predicted.
             worker.busy_until = min(worker.busy_until, now)
         if report.seq == worker.seq_settled:  # nothing has moved since the ledger agreed with it
@@ -388,6 +421,25 @@ class Fleet:
                 settled = False
         worker.seq_settled = report.seq if settled else -1
         self._settle(worker)
+
+    def _set_others(self, worker: Worker, others: int) -> None:
+        worker.ongoing += others - worker.others
+        worker.others = others
+        if self._workers.get(worker.id) is worker:
+            self._settle(worker)
+
+    def found_full(self, worker: Worker) -> None:
+        """The worker refused a request, which is counted still: other routers have filled it.
+
+        So it stays until its next word.
+        """
+        self._set_others(worker, max(worker.others, worker.max_ongoing - worker.in_flight + 1))
+
+    def found_gone(self, worker: Worker, slot: Slot) -> None:
+        """The worker refused a request: another router has evicted its adapter since."""
+        if worker.slots.get(slot.adapter) is slot and worker.slots.lost(slot):
+            worker.seq_settled = -1
+            self._unindex(worker, slot)
 
     def disown(self, worker: Worker, adapter: AdapterRef) -> None:
         """The worker said that it does not hold an adapter that the ledger has as resident."""
@@ -488,7 +540,11 @@ def less_busy_of_two(workers: Sequence[Worker], rng: Random) -> Worker | None:
     if len(workers) < 2:  # noqa: PLR2004
         return workers[0] if workers else None
     one, other = two_of(workers, rng)
-    if one.in_flight == other.in_flight:
+    if one.ongoing == other.ongoing:
         # Equally busy: rather the one with more slots left, so that adapters spread before they evict.
         return other if other.slots.occupied < one.slots.occupied else one
-    return other if other.in_flight < one.in_flight else one
+    return other if other.ongoing < one.ongoing else one
+
+
+def _rank(worker: Worker) -> int:
+    return worker.rank

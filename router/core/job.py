@@ -40,7 +40,9 @@ class Job(msgspec.Struct, eq=False, gc=False):
     `deadline` is the loop time by which its first token must be out. With `refuse_cold` it is turned
     away where its adapter is not resident. `prefix` are the marks of its prompt (see prefixes.py), and
     `avoid` names workers that already failed this request. `counted` is the router's own: it has let
-    the job in before, so a retry, of whatever cause, is no second request of its tenant's quota.
+    the job in before, so a retry, of whatever cause, is no second request of its tenant's quota. So are
+    `contends_since`, the loop time at which it was first refused because of another router, after which
+    it goes before those who wait, and `contentions`, how often it was.
     """
 
     id: str
@@ -54,6 +56,8 @@ class Job(msgspec.Struct, eq=False, gc=False):
     prefix: tuple[Prefix, ...] = ()
     avoid: tuple[str, ...] = ()
     counted: bool = False
+    contends_since: float | None = None
+    contentions: int = 0
 
 
 class AdapterUse(StrEnum):
@@ -118,6 +122,7 @@ class LoadFault(StrEnum):
     ADAPTER_INVALID = "adapter_invalid"
     STORE_UNAVAILABLE = "store_unavailable"
     WORKER = "worker"
+    CONTENDED = "contended"  # nobody's: another router has what was to be had; decide again
 
 
 class LoadError(Exception):

@@ -7,15 +7,19 @@ belongs to one job, the router what belongs to all.
 
 import asyncio
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from router.core.fleet import Worker
-from router.core.job import AdapterUse, Job
+from router.core.job import AdapterUse, Job, LoadError, LoadFault
 from router.core.placement import Decision
 from router.core.residency import RESIDENT, Slot
 
 if TYPE_CHECKING:
     from router.core.router import Router
+
+
+# Where other routers were quicker a job is placed anew: so often at once, then after pauses.
+CONTENTIONS_AT_ONCE: Final = 3
 
 
 class Grant:
@@ -110,28 +114,56 @@ class Lease:
                     await router._fetched(job)  # noqa: SLF001
                 finally:
                     self.load_s = router.loop.time() - started
-            grant = router._admit(job)  # noqa: SLF001
-            if grant is None:
-                started = router.loop.time()
+            while self._grant is None:
+                if job.contentions > CONTENTIONS_AT_ONCE:
+                    doublings = job.contentions - CONTENTIONS_AT_ONCE
+                    self.queued_s += await router._pause(doublings)  # noqa: SLF001
                 try:
-                    grant = await router._wait(job)  # noqa: SLF001
-                finally:
-                    self.queued_s = router.loop.time() - started
-            slot = grant.slot
-            if slot is not None and slot.phase is not RESIDENT:
-                started = router.loop.time()
-                try:
-                    await router._loads.resident(grant.worker, slot)  # noqa: SLF001
-                except BaseException:
-                    router._release(grant)  # noqa: SLF001
-                    raise
-                finally:
-                    self.load_s += router.loop.time() - started
+                    self._grant = await self._placed()
+                except LoadError as error:
+                    if error.fault is not LoadFault.CONTENDED:
+                        raise
+                    router._contends(job)  # noqa: SLF001
         except BaseException:
             router._settle(job, self._reserved, 0.0)  # noqa: SLF001
             raise
-        self._grant = grant
         return self
+
+    async def _placed(self) -> Grant:
+        """Be given a worker, and wait until the adapter is there. Raises `Rejected` and `LoadError`."""
+        router, job = self._router, self.job
+        grant = router._admit(job)  # noqa: SLF001
+        if grant is None:
+            started = router.loop.time()
+            try:
+                grant = await router._wait(job)  # noqa: SLF001
+            finally:
+                self.queued_s += router.loop.time() - started
+        slot = grant.slot
+        if slot is not None and slot.phase is not RESIDENT:
+            started = router.loop.time()
+            try:
+                await router._loads.resident(grant.worker, slot)  # noqa: SLF001
+            except BaseException:
+                router._release(grant)  # noqa: SLF001
+                raise
+            finally:
+                self.load_s += router.loop.time() - started
+        return grant
+
+    def refused(self, *, full: bool) -> None:
+        """The worker refused the request because of other routers: it is full, or has not the adapter.
+
+        The lease is still held; who leaves it and takes another goes before those who wait. Raises
+        `Rejected` where that has gone on for `queue_timeout_s`.
+        """
+        grant, router = self._grant, self._router
+        assert grant is not None, "the lease is not held"
+        if full:
+            router.fleet.found_full(grant.worker)
+        elif grant.slot is not None:
+            router.fleet.found_gone(grant.worker, grant.slot)
+        router._contends(self.job)  # noqa: SLF001
 
     async def __aexit__(
         self,

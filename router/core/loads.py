@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Callable
 from functools import partial
 
-from router.core.fleet import Fleet, Worker
+from router.core.fleet import Fleet, LoadRefusedError, Worker
 from router.core.job import LoadError, LoadFault
 from router.core.ports import Loader, Observer
 from router.core.residency import LOADING, Slot
@@ -94,6 +94,8 @@ class Loads:
         else:
             slot.error = error
             fleet.fail_load(worker, slot)
+            if isinstance(error, LoadRefusedError) and error.report is not None:
+                fleet.observe(worker, error.report, now)
         del self._tasks[worker.id, slot]
         observer.load_ended(worker, slot.adapter, load_s, error)
         slot.wake()

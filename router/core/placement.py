@@ -187,8 +187,8 @@ def least_busy(workers: Sequence[Worker], rng: Random) -> Worker | None:
     """The one with the least in flight, ties by the generator; None if there is none."""
     if not workers:
         return None
-    least = min(worker.in_flight for worker in workers)
-    tied = [worker for worker in workers if worker.in_flight == least]
+    least = min(worker.ongoing for worker in workers)
+    tied = [worker for worker in workers if worker.ongoing == least]
     return tied[int(rng.random() * len(tied))] if len(tied) > 1 else tied[0]
 
 
@@ -197,7 +197,7 @@ def shorter_of_two(workers: Sequence[Worker], rng: Random) -> Worker | None:
     if len(workers) < 2:  # noqa: PLR2004
         return workers[0] if workers else None
     one, other = two_of(workers, rng)
-    return other if other.in_flight < one.in_flight else one
+    return other if other.ongoing < one.ongoing else one
 
 
 def nobody(fleet: Fleet, adapter: AdapterRef | None) -> Reason:

@@ -58,7 +58,7 @@ class Replicas:
             if (
                 worker.accepting
                 and worker.slots.free > 0
-                and (best is None or worker.in_flight < best.in_flight)
+                and (best is None or worker.ongoing < best.ongoing)
             ):
                 best = worker
         self._turn += 1
@@ -131,6 +131,6 @@ class Replicas:
                 or adapter in fleet.pins
                 or (hot and fleet.demand.rate(victim.adapter, now) < share)
             ):
-                able.append((victim is not None, worker.in_flight, number))
+                able.append((victim is not None, worker.ongoing, number))
         if able:
             self._warm(workers[min(able)[2]], adapter)

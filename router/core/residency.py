@@ -5,6 +5,7 @@ Four rules, kept at every step and not only between steps:
   2. what is in use, loading or pinned is never evicted;
   3. a victim leaves only when its successor has arrived, so a load that fails has evicted nothing;
   4. a slot may be closed to new users, so that it falls idle for somebody who has waited too long.
+An adapter that another router uses on the worker (`foreign`) counts as in use.
 Hence the phase EVICTING: the slot is promised to a successor, nobody new may use the adapter in it,
 and it becomes RESIDENT again if the successor's load fails. Pure: no waiting here, see router.py.
 """
@@ -63,6 +64,7 @@ class Slot:
         "adapter",
         "closed",
         "error",
+        "foreign",
         "idle_since",
         "phase",
         "pinned",
@@ -81,6 +83,7 @@ class Slot:
         self.phase = Phase.COLD
         self.closed = False
         self.pinned = False
+        self.foreign = False
         self.users = 0
         self.uses = 0
         self.value = 0.0
@@ -114,6 +117,7 @@ class SlotCache:
     __slots__ = (
         "_closed",
         "_evicting",
+        "_foreign",
         "_gdsf",
         "_idle",
         "_idled",
@@ -140,6 +144,7 @@ class SlotCache:
         self._idle: dict[AdapterRef, Slot] = {}
         self._idled = 0
         self._evicting = 0
+        self._foreign: tuple[AdapterRef, ...] = ()  # used by other routers
         self._closed: Slot | None = None
         self._victim: Slot | None = None  # as last chosen; None where that may have changed
 
@@ -225,9 +230,27 @@ class SlotCache:
         self._idled += 1
         slot.idle_since = self._idled
         slot.value = self.clock + slot.uses * slot.reload_s
-        if not slot.pinned:
+        if not slot.pinned and (slot.closed or not slot.foreign):
             self._idle[slot.adapter] = slot
             self._victim = None
+
+    def set_foreign(self, adapters: tuple[AdapterRef, ...]) -> None:
+        """Other routers use these adapters here, and no others: who they use is not evicted."""
+        if adapters == self._foreign:
+            return
+        before, self._foreign = self._foreign, adapters
+        for adapter in before:
+            slot = self._slots.get(adapter)
+            if slot is not None and slot.foreign and adapter not in adapters:
+                slot.foreign = False
+                if slot.phase is RESIDENT and not slot.users and adapter not in self._idle:
+                    self._fall_idle(slot)
+        for adapter in adapters:
+            slot = self._slots.get(adapter)
+            if slot is not None and not slot.foreign:
+                slot.foreign = True
+                if not slot.closed and self._idle.pop(adapter, None) is not None:
+                    self._victim = None
 
     # Who leaves.
 
@@ -247,12 +270,17 @@ class SlotCache:
         return next(iter(self._idle.values()))
 
     def close(self, slot: Slot) -> None:
-        """Let nobody new use it, until it has fallen idle and left, or is opened; one at a time."""
+        """Let nobody new use it, until it has fallen idle and left, or is opened; one at a time.
+
+        One that other routers alone use can leave at once: the worker will drain it.
+        """
         assert self._closed is None, self._closed
         assert slot.phase is RESIDENT, slot.phase
         slot.closed = True
         self._closed = slot
         self._victim = None
+        if slot.foreign and not slot.users:
+            self._fall_idle(slot)
 
     @property
     def closed(self) -> Slot | None:
@@ -265,6 +293,8 @@ class SlotCache:
             return False
         self._closed = self._victim = None
         slot.closed = False
+        if slot.foreign:
+            self._idle.pop(slot.adapter, None)
         return slot.phase is RESIDENT
 
     def pin(self, slot: Slot, *, pinned: bool) -> None:
@@ -287,6 +317,7 @@ class SlotCache:
         assert adapter not in self._slots, adapter
         slot = Slot(adapter)
         slot.pinned = adapter in self.pins
+        slot.foreign = adapter in self._foreign
         if self.occupied >= self.capacity:
             victim = self.victim()
             assert victim is not None, "begin_load without a slot to be had"
@@ -331,7 +362,7 @@ class SlotCache:
         if victim is not None:
             victim.move(RESIDENT)
             self._evicting -= 1
-            if victim.pinned:
+            if victim.pinned or victim.foreign:
                 return
             # Back to its place in the order: nothing has used it since it was chosen.
             idle = [victim, *self._idle.values()]
@@ -344,6 +375,7 @@ class SlotCache:
             return None
         slot = Slot(adapter)
         slot.pinned = adapter in self.pins
+        slot.foreign = adapter in self._foreign
         slot.move(RESIDENT)
         self._slots[adapter] = slot
         self._fall_idle(slot)
@@ -356,6 +388,13 @@ class SlotCache:
         are answered, so their word counts for more.
         """
         if slot.phase is not RESIDENT or slot.users > 1:
+            return False
+        self._lose(slot)
+        return True
+
+    def lost(self, slot: Slot) -> bool:
+        """The worker counts its adapters, and says that this one has left, whoever thinks to use it."""
+        if slot.phase is not RESIDENT:
             return False
         self._lose(slot)
         return True

@@ -38,6 +38,9 @@ NO_ADAPTER: Final = AdapterUse.NONE
 HIT: Final = AdapterUse.HIT
 JOINED: Final = AdapterUse.LOADING
 COLD: Final = AdapterUse.COLD
+# Where other routers were quicker a job is placed anew, after longer and longer pauses.
+CONTENTION_PAUSE_S: Final = 0.005
+CONTENTION_PAUSE_MAX_S: Final = 0.25
 AGAIN_MIN_S: Final = 0.001  # a timer that fires sooner would find the clock where it was
 # How many that would rather wait are passed over when a worker has room.
 REFUSALS_MAX: Final = 32
@@ -319,6 +322,9 @@ class Router:
         queue = self._queue
         tag = queue.tag_of(job, self._tokens(job))
         until = now + self.queue_timeout_s
+        if job.contends_since is not None:  # it had its turn
+            tag = queue.clock
+            until = max(now, job.contends_since + self.queue_timeout_s)
         outcome = Outcome.QUEUE_TIMEOUT
         if job.deadline is not None and (last := self._last_moment(job, job.deadline)) < until:
             until, outcome = max(now, last), Outcome.DEADLINE
@@ -382,6 +388,32 @@ class Router:
         if not self._queue:
             self._drain_rate.pause()
         self._claims.left(waiter)
+
+    async def _pause(self, doublings: int) -> float:
+        """Let other routers be done, the longer the oftener they were quicker; how long that was."""
+        pause_s = min(CONTENTION_PAUSE_S * (1 << min(doublings, 10)), CONTENTION_PAUSE_MAX_S)
+        over: asyncio.Future[None] = self.loop.create_future()
+
+        def end() -> None:
+            if not over.done():
+                over.set_result(None)
+
+        timer = self.loop.call_later(pause_s, end)
+        try:
+            await over
+        finally:
+            timer.cancel()
+        return pause_s
+
+    def _contends(self, job: Job) -> None:
+        """Let the job be placed anew, as other routers were there first; not for ever."""
+        now = self.loop.time()
+        job.contentions += 1
+        if job.contends_since is None:
+            job.contends_since = now
+        if now - job.contends_since >= self.queue_timeout_s:
+            message = "no capacity: other routers of these workers were there first, time and again"
+            raise Rejected(Outcome.QUEUE_TIMEOUT, message, self.retry_after_s)
 
     def _shutting_down(self) -> Rejected:
         return Rejected(Outcome.SHUTTING_DOWN, "the router is shutting down", 1.0)

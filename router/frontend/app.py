@@ -107,7 +107,7 @@ class _Pages:
 
     async def metrics(self, _: web.Request) -> web.Response:
         return web.Response(
-            body=self._metrics.page(),
+            body=await self._metrics.scrape(),
             headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
         )
 

@@ -11,6 +11,7 @@ import time
 from functools import lru_cache
 from typing import Final
 
+from engine_worker.protocol import Refusal
 from router.adapters.store import StoreError
 from router.config import RouterConfig
 from router.core.job import AdapterRef, Job, LoadError, LoadFault, Outcome, Rejected
@@ -25,7 +26,7 @@ from router.model import ModelService
 from router.telemetry.answer import Answer
 from router.telemetry.metrics import Metrics
 from router.telemetry.recorder import Recorder, Recording
-from router.workers.upstream import WorkerFailedError, WorkerStalledError
+from router.workers.upstream import WorkerFailedError, WorkerRefusedError, WorkerStalledError
 
 log = logging.getLogger("lorayard.frontend")
 
@@ -156,9 +157,7 @@ class Exchange:
         left = self._config.max_retries
         while True:
             self.outcome = Outcome.CLIENT_GONE
-            lease = self._model.router.lease(self._job)
-            if self._recording is not None:
-                self._recording.leases.append(lease)
+            lease = self._lease()
             try:
                 async with lease:
                     return await self._relay(lease)
@@ -175,6 +174,8 @@ class Exchange:
                     raise load_failed(error) from None
                 if error.worker is not None:
                     self._job.avoid = (*self._job.avoid, error.worker)
+            except WorkerRefusedError:
+                continue  # another router was there first: no worker failed, so it costs no retry
             except WorkerStalledError as error:
                 self.outcome = Outcome.WORKER_STALLED
                 if not left:
@@ -185,6 +186,12 @@ class Exchange:
                     raise self._worker_error(502, error) from None
             left -= 1
             self._metrics.retried(self._model.model_id)
+
+    def _lease(self) -> Lease:
+        lease = self._model.router.lease(self._job)
+        if self._recording is not None:
+            self._recording.leases.append(lease)
+        return lease
 
     async def _knows_a_newer(self, error: LoadError) -> bool:
         """Whether the adapter had changed in the store, and the job is for what it is now; once."""
@@ -221,7 +228,8 @@ class Exchange:
             self._recording.adapter_use = lease.use
             self._recording.answer = answer
         # A retry, if there is one, should go elsewhere.
-        job.avoid = (*job.avoid, worker_id)
+        avoid = job.avoid
+        job.avoid = (*avoid, worker_id)
         client = self._model.pool.client(worker_id)
         if client is None:
             raise WorkerFailedError("it is gone")
@@ -240,12 +248,12 @@ class Exchange:
         try:
             if adapter is not None:
                 await client.activate(adapter)
-            version = adapter.version if adapter else ""
+            version, named = (adapter.version, adapter.model_id.encode()) if adapter else ("", b"")
             status, closes = await relay(
                 passage,
                 self._client,
                 client.upstreams,
-                request.for_worker(self._path, version, client.upstreams.headers),
+                request.for_worker(self._path, named, version, client.upstreams.headers),
                 request.body,
                 first_byte_timeout_s=config.first_byte_timeout_s,
                 idle_timeout_s=config.idle_timeout_s,
@@ -253,6 +261,11 @@ class Exchange:
             self._count(lease, answer, status)
         except asyncio.CancelledError:
             self._count(lease, answer)
+            raise
+        except WorkerRefusedError as refused:  # a name of its own: compiled, a name has one type
+            job.avoid = avoid
+            self._metrics.refused(name, refused.refusal)
+            lease.refused(full=refused.refusal == Refusal.FULL)
             raise
         except AdapterNotThereError:
             assert adapter is not None

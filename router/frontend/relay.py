@@ -14,6 +14,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Final, Protocol
 
+from engine_worker.protocol import REFUSED_HEADER
 from router.frontend.request import HOP_BY_HOP
 from router.telemetry.answer import Answer
 from router.workers.upstream import (
@@ -21,6 +22,7 @@ from router.workers.upstream import (
     Upstream,
     UpstreamPool,
     WorkerFailedError,
+    WorkerRefusedError,
     WorkerStalledError,
 )
 
@@ -29,6 +31,7 @@ NOT_FOUND: Final = 404
 MODEL_MISSING: Final = b"does not exist"  # vLLM: "The model `base:adapter` does not exist."
 # Not an answer to this request, but a worker that cannot serve or does not know its router.
 WORKERS_FAULT: Final = frozenset({401, 403, 502, 503})
+REFUSED: Final = REFUSED_HEADER.lower().encode()
 NOT_RETURNED: Final = HOP_BY_HOP | {b"server", b"x-request-id", b"x-worker", b"x-adapter"}
 STATUS_LINES: Final = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
@@ -67,7 +70,8 @@ class Passage:
 
     __slots__ = (
         "_adapter", "_answer", "_chunked", "_client", "_content", "_head", "_held", "_last", "_loop",
-        "_on_first_byte", "_on_first_token", "_stamps", "_started", "_status", "closes", "over",
+        "_on_first_byte", "_on_first_token", "_refusal", "_stamps", "_started", "_status", "closes",
+        "over",
     )  # fmt: skip
 
     def __init__(
@@ -93,6 +97,7 @@ class Passage:
         self._on_first_byte = on_first_byte
         self._on_first_token = on_first_token
         self._status = 0
+        self._refusal = b""
         self._head = b""
         self._held: list[bytes] | None = None  # the content of a short answer
         self._content: list[bytes] | None = None  # what is to be sent without its framing
@@ -107,7 +112,11 @@ class Passage:
     def head(self, status: int, headers: list[tuple[bytes, bytes]], length: int | None) -> None:
         """The answer begins."""
         if status in WORKERS_FAULT:
-            raise WorkerFailedError(f"it answered {status}")
+            self._refusal = dict(headers).get(REFUSED, b"")
+            if not self._refusal:
+                raise WorkerFailedError(f"it answered {status}")
+            self._held = []  # read to its end, so that the connection can be used again
+            return
         self._status = status
         chunks = content_type = False
         kind = b""
@@ -165,7 +174,9 @@ class Passage:
 
     def ended(self) -> None:
         """It is whole."""
-        if self._held is not None:
+        if self._refusal:
+            self._end(WorkerRefusedError(self._refusal.decode("latin-1")))
+        elif self._held is not None:
             body = b"".join(self._held)
             # Not every 404 is that: a route or a stored response may be what is not there.
             missing = self._status == NOT_FOUND and MODEL_MISSING in body
@@ -175,7 +186,9 @@ class Passage:
             self._on_first_byte()
             self._answer.whole(body)
             self._client.write(self._head + body)
-        self._end(None)
+            self._end(None)
+        else:
+            self._end(None)
 
     def failed(self, error: WorkerFailedError | WorkerStalledError) -> None:
         """It will never be whole."""
@@ -212,8 +225,8 @@ async def relay(
     Returns the answer's status, and whether its end is that of the client's connection. A kept
     connection that turns out to be closed costs no retry: the request goes over a new one.
 
-    Raises `WorkerFailedError`, `WorkerStalledError` or `AdapterNotThereError` while nothing was sent,
-    `AnswerCutError` after.
+    Raises `WorkerFailedError`, `WorkerRefusedError`, `WorkerStalledError` or `AdapterNotThereError`
+    while nothing was sent, `AnswerCutError` after.
     """
     upstream = pool.idle()
     while True:

@@ -3,7 +3,12 @@
 import zlib
 from typing import Final
 
-from engine_worker.protocol import VERSION_HEADER
+from engine_worker.protocol import (
+    ADAPTER_HEADER,
+    REFUSED_HEADER,
+    ROUTER_HEADER,
+    VERSION_HEADER,
+)
 from router.frontend import terms
 from router.frontend.errors import ApiError, too_large
 
@@ -15,12 +20,14 @@ HOP_BY_HOP: Final = frozenset(
     }
 )  # fmt: skip
 TERMS: Final = frozenset(name.encode() for name in terms.HEADERS)
+ADAPTER: Final = ADAPTER_HEADER.lower().encode()
 VERSION: Final = VERSION_HEADER.lower().encode()
 # The client's key, cookies and terms are for us, the worker's token is its connection's own; the body
 # was read whole and unpacked, so its length and encoding are new.
 NOT_FORWARDED: Final = HOP_BY_HOP | TERMS | {
     b"host", b"authorization", b"x-api-key", b"api-key", b"cookie", b"content-length",
-    b"content-encoding", b"accept-encoding", b"x-request-id", VERSION,
+    b"content-encoding", b"accept-encoding", b"x-request-id",
+    ADAPTER, VERSION, ROUTER_HEADER.lower().encode(), REFUSED_HEADER.lower().encode(),
 }  # fmt: skip
 NOT_FOR_APPLICATION: Final = HOP_BY_HOP | {b"content-length", b"x-request-id"}
 # zlib's names for a gzip header and trailer, and for either of what is called deflate.
@@ -78,10 +85,10 @@ class Request:
         """Whether one of its headers is of `terms.py`."""
         return not TERMS.isdisjoint(self._first)
 
-    def for_worker(self, path: bytes, version: str, own: bytes) -> bytes:
+    def for_worker(self, path: bytes, adapter: bytes, version: str, own: bytes) -> bytes:
         """The head that a worker gets: our connection's `own` lines, what the client's say, our id.
 
-        `version` names the adapter version that is meant, if one is.
+        `adapter` and `version` name the adapter that is meant, if one is.
         """
         dropped = NOT_FORWARDED
         named = self._first.get(b"connection")
@@ -92,6 +99,8 @@ class Request:
         lines.append(
             b"x-request-id: %b\r\ncontent-length: %d\r\n" % (self.id.encode(), len(self.body))
         )
+        if adapter:
+            lines.append(b"%b: %b\r\n" % (ADAPTER, adapter))
         if version:
             lines.append(b"%b: %b\r\n" % (VERSION, version.encode()))
         lines.append(b"\r\n")

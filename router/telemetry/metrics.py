@@ -5,7 +5,7 @@ An adapter's name is a label only of adapters that are in the store, and of no m
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from random import Random
 from typing import Final
 
@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from engine_worker.protocol import Refusal
 from router.core.explain import in_one_line
 from router.core.fleet import Worker
 from router.core.job import AdapterRef, AdapterUse, Job, LoadError, Outcome
@@ -35,6 +36,8 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._adapters: dict[tuple[str, str], None] = {}
+        # What `GET /metrics` answers, where that is more than this process's own page.
+        self.scrape: Callable[[], Awaitable[bytes]] = self._own_page
         self.requests = Tally(
             "lorayard_requests",
             "Requests by the way in which they ended.",
@@ -87,6 +90,12 @@ class Metrics:
             "lorayard_retries",
             "Requests sent to another worker because one failed.",
             ("model",),
+            registry=self.registry,
+        )
+        self.refusals = Counter(
+            "lorayard_worker_refusals",
+            "Requests that a worker refused because another router was there first; placed anew.",
+            ("model", "refusal"),
             registry=self.registry,
         )
         self.record_rows = Counter(
@@ -147,6 +156,11 @@ class Metrics:
         """A request goes to another worker because one failed."""
         self.retries.labels(model).inc()
 
+    def refused(self, model: str, refusal: str) -> None:
+        """A worker refused a request because another router was there first."""
+        known = refusal if refusal in set(Refusal) else OTHER
+        self.refusals.labels(model, known).inc()
+
     def tenant_ended(self, model: str, tenant: str, outcome: Outcome, tokens: int) -> None:
         """Count how a tenant's request ended, and its tokens. Only of a tenant that is configured."""
         self.tenant_requests.labels(model, tenant, outcome.value).inc()
@@ -167,8 +181,11 @@ class Metrics:
             self._adapters[key] = None
         return adapter.name
 
+    async def _own_page(self) -> bytes:
+        return self.page()
+
     def page(self) -> bytes:
-        """The text of `GET /metrics`."""
+        """This process's metrics, in Prometheus' text format."""
         return generate_latest(self.registry)
 
 

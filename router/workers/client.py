@@ -17,12 +17,14 @@ from engine_worker.protocol import (
     HEALTH,
     INFO,
     LOAD,
+    ROUTER_HEADER,
     STATE,
     TOKEN_ENV,
     AdapterId,
     Info,
     LoadReply,
     LoadRequest,
+    Refusal,
     State,
     WireError,
 )
@@ -43,10 +45,19 @@ METRICS: Final = (
 OK: Final = 200
 BAD_REQUEST: Final = 400
 NOT_FOUND: Final = 404
+CONFLICT: Final = 409
 
 
 class WorkerUnreachableError(Exception):
     """The worker does not answer, or answers what no worker does."""
+
+
+class LoadConflictError(Exception):
+    """A worker refuses a load because of another router. `state` is how things are there."""
+
+    def __init__(self, message: str, state: State | None) -> None:
+        super().__init__(message)
+        self.state = state
 
 
 class WorkerClient(Protocol):
@@ -54,8 +65,14 @@ class WorkerClient(Protocol):
 
     upstreams: UpstreamPool
 
-    async def load(self, adapter: AdapterId, path: Path, evict: AdapterId | None) -> int:
-        """Make an adapter resident, then drop `evict`; the state's number. Raises `LoadError`."""
+    async def load(
+        self, adapter: AdapterId, path: Path, evict: AdapterId | None, drain_s: float = 0.0
+    ) -> int:
+        """Make an adapter resident, then drop `evict`; the state's number.
+
+        With `drain_s` it waits for so long until no router uses `evict`. Raises `LoadError`, and
+        `LoadConflictError` where another router is in the way.
+        """
 
     async def activate(self, adapter: AdapterRef) -> None:
         """Make sure that a request now gets this version of its adapter. Raises `LoadError`."""
@@ -67,8 +84,13 @@ class WorkerClient(Protocol):
         """Close its connections."""
 
 
-def open_session(address: str, token: str | None) -> tuple[aiohttp.ClientSession, str]:
+def open_session(
+    address: str, token: str | None, router_id: str = ""
+) -> tuple[aiohttp.ClientSession, str]:
     """A pool of connections to `http://host:port` or `unix:/path`, and the base URL to use in it."""
+    headers = {ROUTER_HEADER: router_id} if router_id else {}
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
     connector: aiohttp.BaseConnector
     if address.startswith("unix:"):
         path = address.removeprefix("unix:")
@@ -82,7 +104,7 @@ def open_session(address: str, token: str | None) -> tuple[aiohttp.ClientSession
         auto_decompress=False,
         cookie_jar=aiohttp.DummyCookieJar(),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
-        headers={"Authorization": f"Bearer {token}"} if token else None,
+        headers=headers,
         skip_auto_headers=("User-Agent", "Accept-Encoding"),
     )
     return session, url
@@ -154,14 +176,18 @@ class EngineWorkerClient:
         self.upstreams = upstreams
         self._worker_id = worker_id
 
-    async def load(self, adapter: AdapterId, path: Path, evict: AdapterId | None) -> int:
+    async def load(
+        self, adapter: AdapterId, path: Path, evict: AdapterId | None, drain_s: float = 0.0
+    ) -> int:
         """One call does both: the worker drops only when it has loaded."""
-        request = LoadRequest(adapter, str(path), (evict,) if evict else ())
+        request = LoadRequest(adapter, str(path), (evict,) if evict else (), drain_s)
         status, body = await post(
             self.session, self.url + LOAD, msgspec.json.encode(request), self._worker_id
         )
         if status == OK:
             return msgspec.json.decode(body, type=LoadReply).seq
+        if status == CONFLICT:
+            raise _conflict(body, self._worker_id)
         raise refusal(status, body, self._worker_id)
 
     async def activate(self, adapter: AdapterRef) -> None:
@@ -219,7 +245,13 @@ class StockVllmClient:
         self._served: dict[str, AdapterId] = {}
         self._changing = asyncio.Lock()
 
-    async def load(self, adapter: AdapterId, path: Path, evict: AdapterId | None) -> int:
+    async def load(
+        self,
+        adapter: AdapterId,
+        path: Path,
+        evict: AdapterId | None,
+        drain_s: float = 0.0,  # noqa: ARG002  (it knows of no other routers)
+    ) -> int:
         """Load, instead of what may be there under that name, then unload the evicted."""
         async with self._changing:
             await self._serve(adapter, path)
@@ -316,6 +348,17 @@ def refusal(status: int, body: bytes, worker_id: str) -> LoadError:
     """A worker's refusal to load: the adapter's fault if it says 400, else its own."""
     fault = LoadFault.ADAPTER_INVALID if status == BAD_REQUEST else LoadFault.WORKER
     return LoadError(fault, f"worker {worker_id}: {message_of(body)}")
+
+
+def _conflict(body: bytes, worker_id: str) -> Exception:
+    """A refusal that is nobody's fault, if it is one."""
+    try:
+        answer = msgspec.json.decode(body, type=WireError)
+    except msgspec.DecodeError:
+        answer = None
+    if answer is None or answer.error.code != Refusal.NO_SLOT:
+        return refusal(CONFLICT, body, worker_id)
+    return LoadConflictError(f"worker {worker_id}: {answer.error.message}", answer.state)
 
 
 def message_of(body: bytes) -> str:

@@ -1,32 +1,30 @@
 """The workers of one base model: started or attached, kept up, followed, and loaded with adapters.
 
-Each worker has one task for its whole life: launch or attach, wait until it can serve, hand it to
-the router, follow its state, take it from the router when it is gone, and begin again. A worker that
-this router launched and that fails at its first start ends the router, with the worker's own words:
-a wrong setting should be read, not retried.
+Each worker has one task for its whole life: launch (keeper.py) or attach, wait until it can serve,
+hand it to the router, follow its state, take it from the router when it is gone, and begin again.
+Several routers may attach to one engine worker: each names itself there, and what the worker refuses
+because of another one is the core's to decide again.
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 import secrets
-import shutil
-import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
-from urllib.parse import quote
+from typing import Final
 
-from engine_worker.protocol import TOKEN_ENV, AdapterId, State
+from engine_worker.protocol import TOKEN_ENV, AdapterId, Info, State
 from router.adapters.cache import AdapterCache
 from router.adapters.catalog import AdapterCatalog
 from router.config import LLMConfig, RouterConfig
-from router.core.fleet import Report, Worker
+from router.core.claims import PATIENCES
+from router.core.fleet import LoadRefusedError, Report, Worker
 from router.core.job import AdapterRef, LoadError, LoadFault
 from router.core.router import Router
 from router.workers.client import (
     EngineWorkerClient,
+    LoadConflictError,
     StockVllmClient,
     WorkerClient,
     WorkerUnreachableError,
@@ -34,17 +32,22 @@ from router.workers.client import (
     read_info,
     served_models,
 )
-from router.workers.devices import NOTHING, Machine, device_environment, gpus_per_worker
+from router.workers.devices import NOTHING, Machine
+from router.workers.keeper import (
+    BACKOFF_MAX_S,
+    BACKOFF_MIN_S,
+    WorkerKeeper,
+    life_ended,
+    worker_id_of,
+)
 from router.workers.process import WorkerProcess
 from router.workers.upstream import UpstreamPool
 
 log = logging.getLogger("lorayard.workers")
 
-BACKOFF_MIN_S: Final = 0.5
-BACKOFF_MAX_S: Final = 30.0
-PROGRESS_S: Final = 10.0
 SILENT_MAX_S: Final = 30.0
-SOCKET_PATH_MAX: Final = 100  # the kernel's limit is 108 bytes, 104 elsewhere
+# Of one on this host it costs nothing to ask whether it is there.
+BACKOFF_LOCAL_S: Final = 0.5
 
 
 class WorkerPool:
@@ -66,15 +69,16 @@ class WorkerPool:
     ) -> None:
         self._machine = machine
         self._first_place = first_place
+        self._router_id = secrets.token_hex(6)
+        self._token = secrets.token_urlsafe(24)
         self._llm = llm
         self._config = config
         self._log_dir = log_dir
         self._catalog = catalog
         self._cache = cache
         self._clients: dict[str, WorkerClient] = {}
-        self._processes: dict[str, WorkerProcess] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._keeper: WorkerKeeper | None = None
         self._router: Router | None = None
         self._first_start: list[asyncio.Future[None]] = []
 
@@ -85,34 +89,31 @@ class WorkerPool:
     def start(self, router: Router) -> None:
         """Begin to start or attach all workers; see `started`."""
         self._router = router
+        if self._llm.engine != "attached":
+            self._keeper = WorkerKeeper(
+                self._llm,
+                self._config,
+                log_dir=self._log_dir,
+                token=self._token,
+                machine=self._machine,
+                first_place=self._first_place,
+            )
+            self._keeper.start(self._use_launched)
+            return
         loop = asyncio.get_running_loop()
-        attached = self._llm.engine == "attached"
-        if not attached:
-            self._folder = _socket_folder()
-        for number in range(self._llm.replicas):
-            worker_id = f"{self._llm.model_id}-{number}"
+        for number, address in enumerate(self._llm.attach):
+            worker_id = worker_id_of(self._llm, number)
             first: asyncio.Future[None] = loop.create_future()
             self._first_start.append(first)
-            if attached:
-                life = self._live_attached(worker_id, self._llm.attach[number], first)
-            else:
-                place = self._first_place + number * gpus_per_worker(self._llm)
-                devices = device_environment(self._llm, place, self._machine)
-                life = self._live_launched(worker_id, devices, first)
+            life = self._live_attached(number, worker_id, address, first)
             task = loop.create_task(life, name=f"worker {worker_id}")
-            task.add_done_callback(partial(self._life_ended, first))
+            task.add_done_callback(partial(life_ended, first))
             self._tasks.append(task)
-
-    def _life_ended(self, first: "asyncio.Future[None]", task: "asyncio.Task[None]") -> None:
-        """A life ends by `stop` alone; anything else is a fault, and must be heard."""
-        if task.cancelled() or (error := task.exception()) is None:
-            return
-        log.error("%s: given up: %s: %s", task.get_name(), type(error).__name__, error)
-        if not first.done():
-            first.set_exception(error)
 
     async def started(self) -> None:
         """Return when every worker has served once. Raises `WorkerStartError`."""
+        if self._keeper is not None:
+            await self._keeper.started()
         await asyncio.gather(*self._first_start)
 
     async def stop(self, hurry: asyncio.Event) -> None:
@@ -122,19 +123,11 @@ class WorkerPool:
         """
         for task in self._tasks:
             task.cancel()
-        ended = asyncio.gather(*self._tasks, return_exceptions=True)
-        hurried = asyncio.ensure_future(hurry.wait())
-        ends: tuple[asyncio.Future[Any], ...] = (ended, hurried)
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        hurried.cancel()
-        for process in self._processes.values():
-            process.kill()
-        await ended
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         for first in self._first_start:
             first.cancel()
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
+        if self._keeper is not None:
+            await self._keeper.stop(hurry)
 
     # The core's Loader.
 
@@ -166,87 +159,40 @@ class WorkerPool:
         if client is None:
             raise LoadError(LoadFault.WORKER, f"worker {worker.id} is gone")
         folder = await self._folder_of(adapter)
-        return await client.load(_wire(adapter), folder, _wire(evict) if evict else None)
+        leaves = worker.slots.get(evict) if evict is not None else None
+        # The core lets one leave that others use only for who has waited too long.
+        patient = leaves is not None and leaves.foreign
+        drain_s = PATIENCES * self._config.slot_patience_s if patient else 0.0
+        try:
+            return await client.load(
+                _wire(adapter), folder, _wire(evict) if evict else None, drain_s
+            )
+        except LoadConflictError as conflict:
+            report = None if conflict.state is None else self._report(conflict.state)
+            raise LoadRefusedError(str(conflict), report) from None
 
     # A worker's life.
 
-    async def _live_launched(
-        self, worker_id: str, devices: dict[str, str], first: "asyncio.Future[None]"
+    async def _use_launched(
+        self, number: int, worker_id: str, process: WorkerProcess, first: "asyncio.Future[None]"
     ) -> None:
-        assert self._folder is not None
-        backoff_s = BACKOFF_MIN_S
-        while True:
-            token = secrets.token_urlsafe(24)
-            process: WorkerProcess | None = None
-            ready = False
-            try:
-                process = await WorkerProcess.launch(
-                    self._llm,
-                    worker_id,
-                    folder=Path(self._folder.name),
-                    log_file=self._log_dir / f"{quote(worker_id, safe='')}.log",
-                    token=token,
-                    drain_timeout_s=self._config.drain_timeout_s,
-                    withheld=frozenset({self._config.api_keys_env, "VLLM_API_KEY"}),
-                    given=devices,
-                )
-                self._processes[worker_id] = process
-                log.info("%s: starting (log: %s)", worker_id, process.log_file)
-                await self._boot(process, worker_id)
-                ready = True
-                session, url = open_session(process.address, token)
-                upstreams = UpstreamPool(process.address, token)
-                client = EngineWorkerClient(session, url, worker_id, upstreams)
-                backoff_s = BACKOFF_MIN_S
-                info = await read_info(session, url)
-                kv_tokens = info.kv_tokens if info is not None else 0
-                await self._serve_until_gone(worker_id, client, first, process, kv_tokens)
-            except asyncio.CancelledError:
-                if process is not None:
-                    # Nothing runs on one that was not ready, and vLLM is deaf while it boots.
-                    await process.stop(
-                        self._config.drain_timeout_s if ready else 0.0, kill=not ready
-                    )
-                raise
-            except Exception as error:  # noqa: BLE001  (told at the first start, logged after)
-                if process is not None:
-                    await process.end()
-                if not first.done():
-                    first.set_exception(error)
-                    return
-                log.warning("%s: %s", worker_id, error)
-            finally:
-                self._processes.pop(worker_id, None)
-            log.warning("%s: starting again in %.1f s", worker_id, backoff_s)
-            await asyncio.sleep(backoff_s)
-            backoff_s = min(2 * backoff_s, BACKOFF_MAX_S)
-
-    async def _boot(self, process: WorkerProcess, worker_id: str) -> None:
-        """Wait until it can serve, saying from time to time how far it is."""
-        loop = asyncio.get_running_loop()
-        started = loop.time()
-
-        async def tell() -> None:
-            while True:
-                await asyncio.sleep(PROGRESS_S)
-                last = process.log_tail(1).strip()[-120:]
-                log.info("%s: booting for %.0f s: %s", worker_id, loop.time() - started, last)
-
-        telling = loop.create_task(tell())
-        try:
-            await process.wait_ready(self._config.boot_timeout_s)
-        finally:
-            telling.cancel()
-        log.info("%s: ready after %.1f s", worker_id, loop.time() - started)
+        """Serve with a worker that was started here, until it is gone."""
+        session, url = open_session(process.address, self._token, self._router_id)
+        upstreams = UpstreamPool(process.address, self._token, self._router_id)
+        client = EngineWorkerClient(session, url, worker_id, upstreams)
+        info = await read_info(session, url)
+        await self._serve_until_gone(number, worker_id, client, first, process, info)
 
     async def _live_attached(
-        self, worker_id: str, address: str, first: "asyncio.Future[None]"
+        self, number: int, worker_id: str, address: str, first: "asyncio.Future[None]"
     ) -> None:
+        local = address.startswith("unix:")
         backoff_s = BACKOFF_MIN_S
+        told = False
         while True:
             token = os.environ.get(TOKEN_ENV) or None
-            session, url = open_session(address, token)
-            upstreams = UpstreamPool(address, token)
+            session, url = open_session(address, token, self._router_id)
+            upstreams = UpstreamPool(address, token, self._router_id)
             try:
                 info = await read_info(session, url)
                 client: WorkerClient
@@ -265,16 +211,18 @@ class WorkerPool:
                     kind = "stock vLLM server"
                 log.info("%s: attached to the %s at %s", worker_id, kind, address)
                 backoff_s = BACKOFF_MIN_S
-                kv_tokens = info.kv_tokens if info is not None else 0
-                await self._serve_until_gone(worker_id, client, first, None, kv_tokens)
+                told = False
+                await self._serve_until_gone(number, worker_id, client, first, None, info)
             except WorkerUnreachableError as error:
-                log.warning("%s: %s; trying again in %.1f s", worker_id, error, backoff_s)
+                level = logging.DEBUG if told and local else logging.WARNING
+                log.log(level, "%s: %s; trying again in %.1f s", worker_id, error, backoff_s)
+                told = True
             except Exception:
                 log.exception("%s: trying again in %.1f s", worker_id, backoff_s)
             finally:
                 await session.close()
             await asyncio.sleep(backoff_s)
-            backoff_s = min(2 * backoff_s, BACKOFF_MAX_S)
+            backoff_s = min(2 * backoff_s, BACKOFF_LOCAL_S if local else BACKOFF_MAX_S)
 
     def _check_attached(self, address: str, model_id: str, max_loras: int) -> None:
         if model_id != self._llm.model_id:
@@ -290,21 +238,26 @@ class WorkerPool:
 
     async def _serve_until_gone(
         self,
+        number: int,
         worker_id: str,
         client: WorkerClient,
         first: "asyncio.Future[None]",
         process: WorkerProcess | None,
-        kv_tokens: int,
+        info: Info | None,
     ) -> None:
         """Hand the worker to the router, follow its state, and take it back at its end."""
         router = self._router
         assert router is not None
+        max_ongoing = self._llm.deployment_config.max_ongoing_requests
+        if info is not None and info.max_ongoing_requests:
+            max_ongoing = min(max_ongoing, info.max_ongoing_requests)
         worker = Worker(
             worker_id,
-            max_ongoing=self._llm.deployment_config.max_ongoing_requests,
+            max_ongoing=max_ongoing,
             slots=self._llm.slots,
             eviction=self._llm.eviction,
-            kv_tokens=kv_tokens,
+            kv_tokens=info.kv_tokens if info is not None else 0,
+            rank=number,
         )
         self._clients[worker_id] = client
         router.add_worker(worker)
@@ -366,34 +319,13 @@ class WorkerPool:
             kv_usage=state.kv_usage,
             gpu=tuple(map(self._ref, state.gpu)),
             host=tuple(map(self._ref, state.host)),
+            others=state.others,
+            used=tuple(map(self._ref, state.used)),
         )
 
     def _ref(self, adapter: AdapterId) -> AdapterRef:
         name = adapter.name.removeprefix(f"{self._llm.model_id}:")
         return AdapterRef(self._llm.model_id, name, adapter.version)
-
-
-def _socket_folder() -> "tempfile.TemporaryDirectory[str]":
-    """A folder of this process's own; those that killed routers left are removed."""
-    base = Path(tempfile.gettempdir())
-    if len(str(base)) > SOCKET_PATH_MAX // 2:
-        base = Path("/tmp")  # noqa: S108  (the folder in it is this user's alone)
-    for left in base.glob("lorayard-*-*"):
-        with contextlib.suppress(OSError, ValueError):
-            owner = int(left.name.split("-")[1])
-            if left.stat().st_uid == os.getuid() and not _runs(owner):
-                shutil.rmtree(left, ignore_errors=True)
-    return tempfile.TemporaryDirectory(prefix=f"lorayard-{os.getpid()}-", dir=base)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _wire(adapter: AdapterRef) -> AdapterId:

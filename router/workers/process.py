@@ -64,13 +64,14 @@ class WorkerProcess:
         drain_timeout_s: float,
         withheld: frozenset[str],
         given: Mapping[str, str],
+        limited: bool = False,
     ) -> "WorkerProcess":
         """Start it; `folder` is this run's own, for the socket.
 
-        `withheld` are environment variables that are not its business, `given` are set for it.
-        Raises `OSError`.
+        `withheld` are environment variables that are not its business, `given` are set for it. With
+        `limited` it refuses what is beyond `max_ongoing_requests`. Raises `OSError`.
         """
-        socket = folder / f"{worker_id.replace('/', '-')[-32:]}.sock"
+        socket = cls.socket_of(folder, worker_id)
         command = [
             *(sys.executable, "-m", "engine_worker"),
             *("--engine", llm.engine, "--exit-with-stdin", "--uds", str(socket)),
@@ -78,6 +79,9 @@ class WorkerProcess:
             *("--engine-kwargs", json.dumps(llm.engine_arguments())),
             *("--drain-timeout-s", str(drain_timeout_s)),
         ]
+        if limited:
+            limit = llm.deployment_config.max_ongoing_requests
+            command += ["--max-ongoing-requests", str(limit)]
         if llm.calibration:
             command += ["--calibration", llm.calibration]
         _make_room(log_file)
@@ -92,6 +96,11 @@ class WorkerProcess:
                 start_new_session=True,  # a Ctrl-C in the terminal is the router's to handle
             )
         return cls(process, worker_id, socket, log_file, token)
+
+    @staticmethod
+    def socket_of(folder: Path, worker_id: str) -> Path:
+        """Where a worker listens."""
+        return folder / f"{worker_id.replace('/', '-')[-32:]}.sock"
 
     @property
     def pid(self) -> int:

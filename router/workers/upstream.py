@@ -14,6 +14,7 @@ from typing import Final, Protocol, cast
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 from yarl import URL
 
+from engine_worker.protocol import ROUTER_HEADER
 from router.patience import Patience
 
 CONNECT_TIMEOUT_S: Final = 5.0
@@ -32,6 +33,14 @@ class WorkerFailedError(Exception):
 
 class WorkerStalledError(Exception):
     """The worker did not begin its answer in time; nothing was sent to the client."""
+
+
+class WorkerRefusedError(WorkerFailedError):
+    """The worker refused because of other routers, before it did anything; a `Refusal` says why."""
+
+    def __init__(self, refusal: str) -> None:
+        super().__init__(f"it refused: {refusal}")
+        self.refusal = refusal
 
 
 class StaleConnectionError(WorkerFailedError):
@@ -355,11 +364,13 @@ def _malformed(error: Exception) -> WorkerFailedError:
 class UpstreamPool:
     """The connections to one worker, at `http://host:port`, `https://host:port` or `unix:/path`.
 
+    `router_id` is what the worker tells this router by from others.
+
     A pool of its own, so that a slow worker cannot take connections from the others; how many there
     are is bounded by the requests that the core sends there.
     """
 
-    def __init__(self, address: str, token: str | None) -> None:
+    def __init__(self, address: str, token: str | None, router_id: str) -> None:
         self._socket: str | None = None
         self._host, self._port = "", 0
         self._ssl: bool | None = None
@@ -373,7 +384,9 @@ class UpstreamPool:
             self._host, self._port = url.host or "", url.port or 80
             self._ssl = True if url.scheme == "https" else None
             host = url.authority
-        lines = [f"host: {host}", *([f"authorization: Bearer {token}"] if token else [])]
+        lines = [f"host: {host}", f"{ROUTER_HEADER}: {router_id}"]
+        if token:
+            lines.append(f"authorization: Bearer {token}")
         self.headers = "".join(f"{line}\r\n" for line in lines).encode()
 
     def idle(self) -> Upstream | None:

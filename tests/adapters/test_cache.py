@@ -181,3 +181,31 @@ async def test_what_a_killed_process_left_is_no_adapter_and_is_removed(
     fresh.mkdir()
     cache_of(store, tmp_path)
     assert in_place(tmp_path) == [".partial-alive"]
+
+
+async def test_processes_that_share_the_folder_fetch_once(store: Store, tmp_path: Path) -> None:
+    """A cache each, as processes have; the lock is of an open file, so it is theirs alike."""
+    store.hang = threading.Event()
+    caches = [cache_of(store, tmp_path) for _ in range(4)]
+    adapter = found(store)
+    fetching = asyncio.gather(*(cache.folder_of(adapter) for cache in caches))
+    while not store.fetched:
+        await asyncio.sleep(0.001)
+    store.hang.set()
+    await fetching
+    assert store.fetched == 1
+    assert in_place(tmp_path) == [f"a@{adapter.version}"]
+
+
+async def test_a_fetch_that_another_process_does_not_end_is_waited_for_in_vain(
+    store: Store, tmp_path: Path
+) -> None:
+    store.hang = threading.Event()
+    adapter = found(store)
+    one = asyncio.create_task(cache_of(store, tmp_path, timeout_s=5).folder_of(adapter))
+    while not store.fetched:
+        await asyncio.sleep(0.001)
+    with pytest.raises(LoadError, match="not here after"):
+        await cache_of(store, tmp_path, timeout_s=0.1, tries=1).folder_of(adapter)
+    store.hang.set()
+    await one

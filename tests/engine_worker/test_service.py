@@ -3,13 +3,22 @@
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 from adapter_files import write_adapter
 from apart import run_apart
 
-from engine_worker.protocol import AdapterId, Info, LoadReply, LoadRequest, State, UnloadRequest
+from engine_worker.protocol import (
+    AdapterId,
+    Info,
+    LoadReply,
+    LoadRequest,
+    State,
+    UnloadRequest,
+    WireError,
+)
 from engine_worker.service import StateFeed, Tiers, WorkerError, WorkerService
 
 
@@ -176,3 +185,72 @@ async def test_the_state_is_pushed_at_every_change_and_while_busy() -> None:
     feed.close()
     with pytest.raises(StopAsyncIteration):
         await anext(lines)
+
+
+def headers(router: str, name: str) -> dict[str, str]:
+    return {
+        "x-lorayard-router": router,
+        "x-lorayard-adapter": name,
+        "x-lorayard-adapter-version": "1",
+    }
+
+
+async def load_for(bench: Bench, router: str, name: str, path: Path, **more: Any) -> LoadReply:  # noqa: ANN401
+    request = LoadRequest(AdapterId(name, "1"), str(path), **more)
+    body = await bench.service.load(msgspec.json.encode(request), router)
+    return msgspec.json.decode(body, type=LoadReply)
+
+
+async def test_two_routers_that_load_one_adapter_share_one_load(adapter: Path) -> None:
+    bench = Bench()
+    await asyncio.gather(*(load_for(bench, router, "base:a", adapter) for router in ("r0", "r1")))
+    assert bench.engine.calls == 1
+
+
+async def test_a_request_waits_for_the_load_that_another_router_began(adapter: Path) -> None:
+    bench = Bench()
+    loading = asyncio.create_task(load_for(bench, "r0", "base:a", adapter))
+    while not bench.engine.adding:
+        await asyncio.sleep(0)
+    assert not bench.engine.held
+    async with bench.service.admitted(headers("r1", "base:a")):
+        assert list(bench.engine.held) == [AdapterId("base:a", "1")]
+    await loading
+
+
+async def test_a_refused_load_leaves_all_as_it_was_and_says_how_it_is(adapter: Path) -> None:
+    bench = Bench(max_loras=1)
+    await load_for(bench, "r0", "base:a", adapter)
+    held = AdapterId("base:a", "1")
+    async with bench.service.admitted(headers("r0", "base:a")):
+        with pytest.raises(WorkerError) as error:
+            await load_for(bench, "r1", "base:b", adapter, evict=(held,))
+        assert error.value.status == 409
+        answer = msgspec.json.decode(error.value.body(), type=WireError)
+        assert answer.error.code == "no_slot"
+        assert answer.state is not None
+        assert (answer.state.gpu, answer.state.used, answer.state.others) == ((held,), (held,), 1)
+        with pytest.raises(WorkerError):
+            await load_for(bench, "r1", "base:b", adapter, evict=(held,), drain_s=0.01)
+        assert list(bench.engine.held) == [held]
+    await load_for(bench, "r1", "base:b", adapter, evict=(held,))
+    assert list(bench.engine.held) == [AdapterId("base:b", "1")]
+
+
+async def test_who_waited_too_long_evicts_when_the_requests_that_run_are_over(
+    adapter: Path,
+) -> None:
+    bench = Bench(max_loras=1)
+    await load_for(bench, "r0", "base:a", adapter)
+    async with bench.service.admitted(headers("r0", "base:a")):
+        patient = asyncio.create_task(
+            load_for(bench, "r1", "base:b", adapter, evict=(AdapterId("base:a", "1"),), drain_s=60)
+        )
+        while not bench.service._arbiter.leaving:
+            await asyncio.sleep(0)
+        with pytest.raises(WorkerError) as error:
+            async with bench.service.admitted(headers("r2", "base:a")):
+                pass
+        assert error.value.headers() == {"X-Lorayard-Refused": "adapter_gone"}
+    await patient
+    assert list(bench.engine.held) == [AdapterId("base:b", "1")]

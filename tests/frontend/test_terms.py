@@ -74,11 +74,13 @@ def test_without_tenants_and_deadline_there_are_none() -> None:
 def test_the_routers_own_headers_reach_no_worker() -> None:
     request = Request()
     request.id = "id"
-    for name in (*sorted(terms.HEADERS), "x-other"):
+    ours = ("x-lorayard-adapter", "x-lorayard-adapter-version", "x-lorayard-router")
+    for name in (*sorted(terms.HEADERS), *ours, "x-other"):
         request.add(name.title().encode(), b"1")
-    head = request.for_worker(b"/v1/x", "", b"host: w\r\n").decode().split("\r\n")
+    head = request.for_worker(b"/v1/x", b"m:a", "", b"host: w\r\n").decode().split("\r\n")
     assert head[0] == "POST /v1/x HTTP/1.1"
     assert sorted(filter(None, head[1:])) == [
+        "X-Lorayard-Adapter: m:a",
         "content-length: 0",
         "host: w",
         "x-other: 1",

@@ -45,14 +45,14 @@ class Chwbl(Policy):
         if not able:
             return decided(None, job, fleet)
         self._settle(tuple(worker.id for worker in fleet))
-        loads = [worker.in_flight for worker in fleet if worker.accepting]
+        loads = [worker.ongoing for worker in fleet if worker.accepting]
         bound = math.ceil(LOAD_FACTOR * (sum(loads) + 1) / len(loads))
         first: Worker | None = None
         for worker_id in self._around(job.adapter.name if job.adapter else job.id):
             worker = able.get(worker_id)
             if worker is None:
                 continue
-            if worker.in_flight + 1 <= bound:
+            if worker.ongoing + 1 <= bound:
                 return decided(worker, job, fleet)
             first = first or worker
         return decided(first, job, fleet)

@@ -224,7 +224,7 @@ class _Weighing:
         """The terms; without the harm where the others alone make it cost `bound_s`, or more."""
         fleet, now, output = self.fleet, self.now, self.output
         times, slots = fleet.learned.times, worker.slots
-        running, before = worker.in_flight, slots.in_use
+        running, before = worker.ongoing, slots.in_use
         distinct = before
         load_s = stall_s = harm_s = stay_s = 0.0
         victim: Slot | None = None

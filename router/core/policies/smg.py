@@ -65,7 +65,7 @@ class Smg(Policy):
 
 def unbalanced(fleet: Fleet) -> bool:
     """Step 1: whether load comes before affinity."""
-    loads = [worker.in_flight for worker in fleet if worker.accepting]
+    loads = [worker.ongoing for worker in fleet if worker.accepting]
     if not loads:
         return False
     fewest, most = min(loads), max(loads)
