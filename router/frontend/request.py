@@ -7,6 +7,7 @@ from engine_worker.protocol import VERSION_HEADER
 from router.frontend import terms
 from router.frontend.errors import ApiError, too_large
 
+PASSED_ON: Final = "/v1/"
 # Of one connection alone (RFC 9110, 7.6.1), or rewritten on the way.
 HOP_BY_HOP: Final = frozenset(
     {
@@ -20,6 +21,7 @@ NOT_FORWARDED: Final = HOP_BY_HOP | terms.HEADERS | {
     "host", "authorization", "x-api-key", "api-key", "cookie", "content-length",
     "content-encoding", "accept-encoding", "x-request-id", VERSION_HEADER.lower(),
 }  # fmt: skip
+NOT_FOR_APPLICATION: Final = frozenset({"content-length", "content-encoding", "x-request-id"})
 # zlib's names for a gzip header and trailer, and for either of what is called deflate.
 WINDOW: Final = {
     "gzip": 16 + zlib.MAX_WBITS,
@@ -53,6 +55,11 @@ class Request:
         self.http_1_0 = False
         self.keep_alive = True
 
+    @property
+    def passed_on(self) -> bool:
+        """Whether it is for a worker; every other one is answered here."""
+        return self.method == "POST" and self.path.startswith(PASSED_ON)
+
     def for_worker(self, path: str, version: str, own: bytes) -> bytes:
         """The head that a worker gets: our connection's `own` lines, what the client's say, our id.
 
@@ -70,17 +77,15 @@ class Request:
         return b"".join(("".join(lines).encode("latin-1"), own, b"\r\n"))
 
     def for_application(self) -> bytes:
-        """The whole of it, plain, as the last one on its connection."""
+        """Its head, plain, as the last one on its connection: nothing there takes a body."""
         lines = [f"{self.method} {self.target.decode('latin-1')} HTTP/1.1\r\n"]
         lines += [
             f"{name}: {value}\r\n"
             for name, value in self.fields
-            if name not in HOP_BY_HOP and name not in {"content-length", "x-request-id"}
+            if name not in HOP_BY_HOP and name not in NOT_FOR_APPLICATION
         ]
-        lines.append(
-            f"x-request-id: {self.id}\r\nconnection: close\r\ncontent-length: {len(self.body)}\r\n\r\n"
-        )
-        return "".join(lines).encode("latin-1") + self.body
+        lines.append(f"x-request-id: {self.id}\r\nconnection: close\r\n\r\n")
+        return "".join(lines).encode("latin-1")
 
 
 def unpacked(body: bytes, encoding: str, limit: int) -> bytes:

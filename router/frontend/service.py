@@ -10,7 +10,7 @@ from aiohttp import web
 from router.config import RouterConfig
 from router.frontend.app import application
 from router.frontend.auth import Keys
-from router.frontend.connection import ClientConnection
+from router.frontend.connection import HEAD_MAX_BYTES, ClientConnection
 from router.frontend.errors import ApiError
 from router.frontend.exchange import Exchange, worker_path
 from router.frontend.head import parse_head
@@ -59,6 +59,9 @@ class Frontend:
             handler_cancellation=True,
             access_log=None,
             shutdown_timeout=APPLICATION_SHUTDOWN_S,
+            # What is longer is refused before it comes there.
+            max_line_size=2 * HEAD_MAX_BYTES,
+            max_field_size=2 * HEAD_MAX_BYTES,
         )
 
     async def start(self, listener: socket.socket) -> None:
