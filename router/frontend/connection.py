@@ -71,6 +71,9 @@ class Service(Protocol):
     def accepts(self, headers: dict[str, str]) -> bool:
         """Whether the headers carry a key, if one is needed."""
 
+    def lost(self, connection: "ClientConnection") -> None:
+        """A connection is gone, or the application's."""
+
     async def pass_on(self, request: Request, connection: "ClientConnection") -> bool:
         """Answer the request through `connection`; whether another may follow on it.
 
@@ -133,7 +136,7 @@ class ClientConnection:
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         """The client has left, or was left."""
-        self._service.connections.pop(self, None)
+        self._service.lost(self)
         self._patience.end()
         self._transport = None
         self._parser = None  # each holds the other
@@ -435,7 +438,7 @@ class ClientConnection:
         transport.resume_reading()
         self._parser = None
         self._reading = Reading.ENDED
-        self._service.connections.pop(self, None)
+        self._service.lost(self)
         self._patience.end()
         transport.set_protocol(application)
         application.connection_made(transport)
@@ -446,7 +449,12 @@ class ClientConnection:
         if self._transport is not None:
             self._transport.abort()
 
-    def close_when_idle(self) -> None:
-        """Close, now or when the request that is under way has been answered."""
-        if not self._busy and self._transport is not None:
-            self._transport.close()
+    def close_when_idle(self) -> bool:
+        """Close once what was answered is sent; False while a request is under way, which goes on."""
+        if self._busy or self._transport is None:
+            return False
+        self._reading = Reading.ENDED
+        self._waiting.clear()
+        self._be_patient()
+        self._transport.close()
+        return True

@@ -21,7 +21,8 @@ NOT_FORWARDED: Final = HOP_BY_HOP | terms.HEADERS | {
     "host", "authorization", "x-api-key", "api-key", "cookie", "content-length",
     "content-encoding", "accept-encoding", "x-request-id", VERSION_HEADER.lower(),
 }  # fmt: skip
-NOT_FOR_APPLICATION: Final = frozenset({"content-length", "content-encoding", "x-request-id"})
+# All that our own pages read; whatever else there is could only be refused.
+FOR_APPLICATION: Final = frozenset({"authorization", "x-api-key"})
 # zlib's names for a gzip header and trailer, and for either of what is called deflate.
 WINDOW: Final = {
     "gzip": 16 + zlib.MAX_WBITS,
@@ -77,13 +78,9 @@ class Request:
         return b"".join(("".join(lines).encode("latin-1"), own, b"\r\n"))
 
     def for_application(self) -> bytes:
-        """Its head, plain, as the last one on its connection: nothing there takes a body."""
-        lines = [f"{self.method} {self.target.decode('latin-1')} HTTP/1.1\r\n"]
-        lines += [
-            f"{name}: {value}\r\n"
-            for name, value in self.fields
-            if name not in HOP_BY_HOP and name not in NOT_FOR_APPLICATION
-        ]
+        """What a page needs of its head, as the last one on its connection. None takes a body."""
+        lines = [f"{self.method} {self.target.decode('latin-1')} HTTP/1.1\r\nhost: router\r\n"]
+        lines += [f"{name}: {value}\r\n" for name, value in self.fields if name in FOR_APPLICATION]
         lines.append(f"x-request-id: {self.id}\r\nconnection: close\r\n\r\n")
         return "".join(lines).encode("latin-1")
 

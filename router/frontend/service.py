@@ -51,6 +51,7 @@ class Frontend:
         self._rng = Random()
         self._in_flight = 0
         self._server: asyncio.Server | None = None
+        self._fewer = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
         app = application(models, metrics, keys, max_body_bytes=config.max_body_bytes)
@@ -88,25 +89,30 @@ class Frontend:
         """Whether the headers carry a key, if one is needed."""
         return self._keys.accept(headers)
 
+    def lost(self, connection: ClientConnection) -> None:
+        """A connection is gone, or the application's."""
+        self.connections.pop(connection, None)
+        self._fewer.set()
+
     async def pass_on(self, request: Request, connection: ClientConnection) -> bool:
         """Have a worker answer a request; whether another may follow on its connection.
 
         Raises `ApiError` while nothing is sent, and `AnswerCutError` after.
         """
-        route = request.path.removeprefix("/v1/")
-        if route in NOT_PASSED_ON:
-            raise ApiError(
-                404, "Adapters are loaded when they are asked for; put new ones into the store."
-            )
-        path = worker_path(route, request.query)
-        if path is None:
-            raise ApiError(404, f"No route {request.path}.")
-        terms = self._terms.read(request.headers)
-        head = parse_head(request.body)
-        model, adapter = await self._models.resolve(head.model)
         self._in_flight += 1
         self._idle.clear()
         try:
+            route = request.path.removeprefix("/v1/")
+            if route in NOT_PASSED_ON:
+                raise ApiError(
+                    404, "Adapters are loaded when they are asked for; put new ones into the store."
+                )
+            path = worker_path(route, request.query)
+            if path is None:
+                raise ApiError(404, f"No route {request.path}.")
+            terms = self._terms.read(request.headers)
+            head = parse_head(request.body)
+            model, adapter = await self._models.resolve(head.model)
             exchange = Exchange(
                 request,
                 connection,
@@ -127,11 +133,16 @@ class Frontend:
                 self._idle.set()
 
     async def drained(self) -> None:
-        """Close what is idle, and return when no request is being passed on."""
+        """Close what is idle, and return when no request is being passed on, and no answer on its way."""
         self.closing = True
         for connection in tuple(self.connections):
             connection.close_when_idle()
         await self._idle.wait()
+        leaving = [one for one in tuple(self.connections) if one.close_when_idle()]
+        for connection in leaving:
+            while connection in self.connections:
+                self._fewer.clear()
+                await self._fewer.wait()
 
     async def aclose(self) -> None:
         """Accept no more, and cut off whatever is left."""

@@ -185,7 +185,7 @@ MALFORMED = {
     "tunnel": b"CONNECT worker:8000 HTTP/1.1\r\n\r\n",
     "HTTP/2 preface": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     "unknown version": b"POST /v1/x HTTP/1.2\r\n\r\n",
-    "RTSP": b"OPTIONS /v1/x RTSP/1.0\r\n\r\n",
+    "bytes in the target": b"POST /v1/x?\xc3\xa4 HTTP/1.1\r\n\r\n",
 }
 
 
@@ -287,7 +287,7 @@ async def test_a_head_is_bounded() -> None:
         while connection._reading.name != "ENDED":
             connection.data_received(b"x" * 1000)
             sent += 1000
-            assert sent <= HEAD_MAX_BYTES
+            assert sent <= HEAD_MAX_BYTES + 1000
         assert (await client.reply()).status == 431
         await client.closed()
         await made.settled({})
@@ -548,6 +548,9 @@ async def test_a_pipelined_client_that_waits_to_be_told_is_told_in_its_turn() ->
         (b"POST http://elsewhere/v1/completions HTTP/1.1\r\nhost: a\r\n\r\n", 400),  # no body
         (b"GET http://elsewhere/health HTTP/1.1\r\nhost: a\r\n\r\n", 200),
         (b"GET /health HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n", 200),
+        (b"GET /health HTTP/1.1\r\n\r\n", 200),
+        (b"GET /health HTTP/1.0\r\n\r\n", 200),
+        (b"GET /health HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n", 200),
         (b"GET /nowhere HTTP/1.1\r\nhost: a\r\n\r\n", 404),
     ],
 )  # fmt: skip
@@ -681,7 +684,7 @@ async def test_of_a_repeated_header_the_first_counts_and_all_are_passed_on() -> 
 
 
 INJECTIONS = {
-    "query": post(path=b"/v1/completions?a=%0d%0ax-b:%20c&\xc3\xa4"),
+    "query": post(path=b"/v1/completions?a=%0d%0ax-b:%20c&%ff"),
     "query with a fragment": post(path=b"/v1/completions?a#b"),
     "request id": post(BODY, b"x-request-id: a\tb"),
     "long request id": post(BODY, b"x-request-id: " + b"a" * 200),
