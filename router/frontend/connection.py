@@ -92,8 +92,8 @@ class ClientConnection:
 
     __slots__ = (
         "_body", "_body_bytes", "_busy", "_choked", "_expects", "_fault", "_loop", "_parser",
-        "_patience", "_pieces", "_reading", "_request", "_rng", "_service", "_task", "_transport",
-        "_unaccounted", "_waiting", "upstream", "write",
+        "_patience", "_pieces", "_reading", "_request", "_rng", "_service", "_skipping", "_task",
+        "_transport", "_unaccounted", "_waiting", "upstream", "write",
     )  # fmt: skip
 
     write: Callable[[bytes], None]
@@ -109,6 +109,7 @@ class ClientConnection:
         self._busy = False  # with an answer
         self._choked = False  # the client takes nothing more for now
         self._request = Request()
+        self._skipping = False  # a head that was read before
         self._expects = False  # the client waits to be told to go on
         self._unaccounted = 0  # bytes since the last of what has a limit of its own
         self._body = b""
@@ -175,8 +176,10 @@ class ClientConnection:
         between = self._reading is Reading.NOTHING
         try:
             self._parser.feed_data(data)
-        except HttpParserUpgrade:
+        except HttpParserUpgrade as upgrade:
             self._request.keep_alive = False  # no other protocol is spoken here
+            if self._reading is Reading.BODY:
+                self._read_on(data[upgrade.args[0] :])
         except HttpParserError as error:
             if not self._ended:
                 self._refuse(self._fault or self._told(error))
@@ -188,6 +191,17 @@ class ClientConnection:
             self._refuse(ApiError(431, f"The {what} is larger than {HEAD_MAX_BYTES:,} bytes."))
         elif between and self._reading is Reading.HEAD:
             self._be_patient()
+
+    def _read_on(self, data: bytes) -> None:
+        """Read the body of a request that asked for another protocol too: its parser leaves it."""
+        headers = self._request.headers
+        length = headers.get("content-length")
+        framing = "transfer-encoding: chunked" if length is None else f"content-length: {length}"
+        self._parser = HttpRequestParser(self)
+        self._skipping = True
+        self._parser.feed_data(f"POST / HTTP/1.1\r\n{framing}\r\n\r\n".encode("latin-1"))
+        self._skipping = False
+        self.data_received(data)
 
     def _told(self, error: HttpParserError) -> ApiError:
         """What a failed parse says: where one of our own callbacks failed, it is no client's fault."""
@@ -225,6 +239,8 @@ class ClientConnection:
 
     def on_message_begin(self) -> None:
         """A request begins, perhaps while another is answered."""
+        if self._skipping:
+            return
         if self._reading is Reading.ENDED:
             raise HttpParserError("nothing may follow")
         self._reading = Reading.HEAD
@@ -236,7 +252,8 @@ class ClientConnection:
 
     def on_url(self, url: bytes) -> None:
         """Some of its target."""
-        self._request.target += url
+        if not self._skipping:
+            self._request.target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header; one that comes after the body is nobody's."""
@@ -249,6 +266,8 @@ class ClientConnection:
 
     def on_headers_complete(self) -> None:
         """The head is whole: say at once what is wrong with it."""
+        if self._skipping:
+            return
         request, parser = self._request, self._parser
         assert parser is not None
         headers = request.headers
@@ -319,6 +338,11 @@ class ClientConnection:
     def on_message_complete(self) -> None:
         """The request is whole."""
         request = self._request
+        assert self._parser is not None
+        if self._parser.should_upgrade() and (
+            "transfer-encoding" in request.headers or int(request.headers.get("content-length", 0))
+        ):
+            return  # its body follows, see `_read_on`
         request.body = self._body if self._pieces is None else bytes(self._pieces)
         self._body = b""
         self._pieces = None

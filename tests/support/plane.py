@@ -373,10 +373,12 @@ class Plane:
         await self.frontend.start(self._listener)
 
     async def client(self, receive_buffer: int | None = None) -> Client:
-        """A connection to the front end, `receive_buffer` bytes of which wait for its client."""
+        """A connection to the front end; about `receive_buffer` bytes of it are the kernel's."""
         sock = socket.socket()
         sock.setblocking(False)
         if receive_buffer is not None:
+            assert self._listener is not None
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, receive_buffer)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", self.port))
         limit = 1 << 16 if receive_buffer is None else receive_buffer
