@@ -12,6 +12,8 @@ ends the connection. A client that leaves ends its request at once, with all tha
 import asyncio
 import logging
 import re
+import socket
+import struct
 from collections import deque
 from collections.abc import Callable
 from enum import Enum, auto
@@ -46,6 +48,7 @@ LINGER_S: Final = 5.0
 BLOCK_BYTES: Final = 64 * 1024
 # Requests that came together: one read holds no more than so many.
 WAITING_MAX: Final = 256
+RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER: what is not sent yet is dropped
 VERSIONS: Final = frozenset({"1.0", "1.1"})
 REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -93,7 +96,7 @@ class ClientConnection:
     __slots__ = (
         "_body", "_body_bytes", "_busy", "_choked", "_expects", "_fault", "_loop", "_parser",
         "_patience", "_pieces", "_reading", "_request", "_rng", "_service", "_skipping", "_task",
-        "_transport", "_unaccounted", "_waiting", "upstream", "write",
+        "_transport", "_unaccounted", "_waiting", "unframed", "upstream", "write",
     )  # fmt: skip
 
     write: Callable[[bytes], None]
@@ -120,6 +123,7 @@ class ClientConnection:
         self._waiting: deque[Request | ApiError] = deque()
         self._task: asyncio.Task[None] | None = None
         self.upstream: Upstream | None = None
+        self.unframed = False
 
     # The connection's side.
 
@@ -470,8 +474,13 @@ class ClientConnection:
 
     def abort(self) -> None:
         """Close at once."""
-        if self._transport is not None:
-            self._transport.abort()
+        if self._transport is None:
+            return
+        if self.unframed and self._busy:
+            # Closed, it would look as if it were whole.
+            sock = self._transport.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        self._transport.abort()
 
     def close_when_idle(self) -> bool:
         """Close once what was answered is sent; False while a request is under way, which goes on."""

@@ -50,7 +50,7 @@ class Exchange:
     """Passes one request on. `outcome` is how it ended, once `run` has."""
 
     __slots__ = (
-        "_body",
+        "_begun",
         "_client",
         "_config",
         "_job",
@@ -94,6 +94,7 @@ class Exchange:
         self._last = last
         self._loop = asyncio.get_running_loop()
         self._looked_again = False
+        self._begun = False  # bytes of an answer have gone to the client
         self._tokens = 0
         self._worker_id = "none"
         self._stamps = ""
@@ -133,9 +134,12 @@ class Exchange:
             raise
         except (AnswerCutError, asyncio.CancelledError):
             raise
-        except Exception:
+        except Exception as error:
             self.outcome = Outcome.ROUTER_FAILED
-            raise
+            if not self._begun:
+                raise
+            log.exception("%s: a fault of the router", self._request.id)
+            raise AnswerCutError("the router failed", client_gone=False) from error
         finally:
             self._ended()
 
@@ -223,6 +227,8 @@ class Exchange:
         if client is None:
             raise WorkerFailedError("it is gone")
         adapter = job.adapter
+        version = adapter.version if adapter else ""
+        own = client.upstreams.headers
 
         def passage() -> Passage:
             return Passage(
@@ -239,13 +245,11 @@ class Exchange:
         try:
             if adapter is not None:
                 await client.activate(adapter)
-            version = adapter.version if adapter else ""
             status, closes = await relay(
                 passage,
                 self._client,
                 client.upstreams,
-                request.for_worker(self._path, version, client.upstreams.headers),
-                request.body,
+                lambda: (request.for_worker(self._path, version, own), request.body),
                 first_byte_timeout_s=config.first_byte_timeout_s,
                 idle_timeout_s=config.idle_timeout_s,
             )
@@ -261,7 +265,9 @@ class Exchange:
         except AnswerCutError as error:
             self.outcome = Outcome.CLIENT_GONE if error.client_gone else Outcome.WORKER_FAILED
             self._count(lease, answer)
-            log.warning("%s: answer of %s was cut off: %s", job.id, worker_id, error)
+            # What a client does, any number of clients may do at once.
+            level = logging.INFO if error.client_gone else logging.WARNING
+            log.log(level, "%s: answer of %s was cut off: %s", job.id, worker_id, error)
             raise
         if status >= FAILED_FROM:
             self.outcome = Outcome.WORKER_FAILED
@@ -272,6 +278,8 @@ class Exchange:
         return not closes
 
     def _first_byte(self) -> None:
+        self._begun = True
+        self._request.body = b""  # from here on there is no other worker to send it to
         self._metrics.first_byte(self._model.model_id, self._loop.time() - self._request.arrived)
 
     def _count(self, lease: Lease, answer: Answer, status: int | None = None) -> None:

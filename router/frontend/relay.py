@@ -53,6 +53,7 @@ class Client(Protocol):
     """The connection to whoever asked."""
 
     upstream: Upstream | None
+    unframed: bool  # the end of its answer is that of the connection: cut off, it must be reset
     write: Callable[[bytes], None]
 
 
@@ -120,8 +121,11 @@ class Passage:
             lines.append(b"transfer-encoding: chunked\r\n")
         elif length is None:
             self.closes = True
+            self._client.unframed = True
             if chunks:
                 self._content = []
+        elif length > WHOLE_MAX_BYTES:
+            self._content = []  # nothing that may be behind it
         if self.closes:
             lines.append(b"connection: close\r\n")
         lines.append(self._stamps)
@@ -197,13 +201,12 @@ async def relay(
     passage: Callable[[], Passage],
     client: Client,
     pool: UpstreamPool,
-    head: bytes,
-    body: bytes,
+    request: Callable[[], tuple[bytes, bytes]],
     *,
     first_byte_timeout_s: float,
     idle_timeout_s: float,
 ) -> tuple[int, bool]:
-    """Send a request to a worker and its answer to the client.
+    """Send a request, its head and its body, to a worker and its answer to the client.
 
     Returns the answer's status, and whether its end is that of the client's connection. A kept
     connection that turns out to be closed costs no retry: the request goes over a new one.
@@ -219,8 +222,7 @@ async def relay(
         client.upstream = upstream
         upstream.ask(
             one,
-            head,
-            body,
+            *request(),
             first_byte_timeout_s=first_byte_timeout_s,
             idle_timeout_s=idle_timeout_s,
         )
@@ -229,6 +231,8 @@ async def relay(
         except StaleConnectionError:
             upstream = None
         except asyncio.CancelledError:
-            upstream.abandon()
-            client.upstream = None
+            # Its answer may have ended in the meantime, and the connection be another's.
+            if client.upstream is upstream:
+                upstream.abandon()
+                client.upstream = None
             raise

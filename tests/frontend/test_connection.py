@@ -15,7 +15,6 @@ from plane import (
     STREAM_END,
     STREAM_HEAD,
     Asked,
-    Plane,
     Reply,
     Script,
     WorkerSide,
@@ -238,7 +237,7 @@ async def test_a_malformed_request_waits_for_its_turn() -> None:
         await made.settled({"completed": 1})
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.binary(max_size=300), cut=st.integers(0, 300))
 def test_noise_is_answered_or_waited_for_and_is_never_the_routers_fault(
     data: bytes, cut: int
@@ -254,7 +253,7 @@ SNIPPETS = [
 ]  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.lists(st.sampled_from(SNIPPETS), max_size=25).map(b"".join), cut=st.integers(0, 99))
 def test_near_http_is_answered_or_waited_for_and_is_never_the_routers_fault(
     data: bytes, cut: int
@@ -825,7 +824,7 @@ async def test_a_client_that_leaves_within_its_answer_ends_its_request(leave: st
     async def script(side: WorkerSide) -> None:
         await side.asked()
         side.send(STREAM_HEAD + chunk(b"data: a\n\n"))
-        await side.rest()
+        await side.gone()
         gone.set()
 
     async with plane(script) as made:
@@ -1036,7 +1035,3 @@ def test_h11_is_strict_where_this_suite_leans_on_it() -> None:
     server.receive_data(HEAD + b"content-length: 2\r\ncontent-length: 3\r\n\r\nabc")
     with pytest.raises(h11.RemoteProtocolError):
         server.next_event()
-
-
-def kept(made: Plane) -> int:
-    return len(made.upstreams())

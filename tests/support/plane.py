@@ -103,6 +103,11 @@ class Peer:
                 pass
         return got
 
+    async def gone(self) -> None:
+        """Return when the other side is gone, however long that takes."""
+        while await self.reader.read(1 << 16):
+            pass
+
     async def was_reset(self) -> bool:
         """Whether the connection ends with a reset, whatever comes before."""
         async with asyncio.timeout(PATIENCE_S):
