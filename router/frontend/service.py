@@ -133,7 +133,7 @@ class Frontend:
                 self._idle.set()
 
     async def drained(self) -> None:
-        """Close what is idle, and return when no request is being passed on, and no answer on its way."""
+        """Close what is idle; return when no request and no answer is on its way."""
         self.closing = True
         for connection in tuple(self.connections):
             connection.close_when_idle()

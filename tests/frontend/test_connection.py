@@ -15,6 +15,7 @@ from plane import (
     STREAM_END,
     STREAM_HEAD,
     Asked,
+    Client,
     Reply,
     Script,
     WorkerSide,
@@ -30,6 +31,7 @@ from plane import (
     until,
 )
 
+from router.config import TenantConfig
 from router.frontend.connection import HEAD_MAX_BYTES, HEAD_TIMEOUT_S, KEEPALIVE_S, LINGER_S
 
 gzipped = partial(gzip.compress, mtime=0)
@@ -640,10 +642,9 @@ async def test_a_body_that_does_not_unpack(encoding: bytes, packed: bytes, statu
 @on_uvloop
 async def test_a_trailer_is_no_header() -> None:
     worker = Remembers()
-    tenants = ({"name": "rich"},)
     trailers = b"0\r\nx-tenant: rich\r\nx-priority: nonsense\r\nauthorization: Bearer key\r\n\r\n"
     request = CHUNKED + b"trailer: x-tenant\r\n\r\n" + chunk(BODY) + trailers
-    async with plane(worker, tenants=tenants_of(tenants)) as made:
+    async with plane(worker, tenants=(TenantConfig("rich"),)) as made:
         assert (await made.ask(request)).status == 200
         await made.settled({"completed": 1})
         labels = {"model": "base", "tenant": "rich", "outcome": "completed"}
@@ -653,12 +654,6 @@ async def test_a_trailer_is_no_header() -> None:
     assert not {"x-tenant", "x-priority", "trailer", "transfer-encoding"} & {*names}
     async with plane(worker, keys=["key"]) as made:
         assert (await made.ask(request)).status == 401
-
-
-def tenants_of(tenants: tuple[dict[str, str], ...]) -> tuple[object, ...]:
-    from router.config import TenantConfig  # noqa: PLC0415
-
-    return tuple(TenantConfig(**one) for one in tenants)
 
 
 @on_uvloop
@@ -836,10 +831,7 @@ async def test_a_client_that_leaves_within_its_answer_ends_its_request(leave: st
         await made.settled({"client_gone": 1})
 
 
-def leave_by(client: object, how: str) -> None:
-    from plane import Client  # noqa: PLC0415
-
-    assert isinstance(client, Client)
+def leave_by(client: Client, how: str) -> None:
     if how == "half":
         client.writer.write_eof()
     elif how == "close":
@@ -910,7 +902,7 @@ async def test_a_client_that_asks_on_and_reads_nothing_is_left(size: int) -> Non
 
     async with plane(script, idle_timeout_s=10.0) as made:
         client = await made.client(receive_buffer=4096)
-        client.writer.transport.pause_reading()
+        client.stop_reading()
         client.send(post() * 2_000)
         before = -1
         while before != served[0] or made.in_flight:
@@ -929,13 +921,13 @@ async def test_a_client_that_asks_on_and_reads_nothing_is_left(size: int) -> Non
 async def test_a_client_that_reads_late_gets_all_it_asked_for() -> None:
     async with plane(always(answer(b"x" * 200_000)), idle_timeout_s=100.0) as made:
         client = await made.client(receive_buffer=4096)
-        client.writer.transport.pause_reading()
+        client.stop_reading()
         client.send(post() * 40 + post(BODY, b"connection: close"))
         await until(lambda: made.outcomes().get("completed"))
         forward(KEEPALIVE_S + 1)
         for _ in range(200):
             await asyncio.sleep(0)
-        client.writer.transport.resume_reading()
+        client.read_on()
         for _ in range(41):
             assert len((await client.reply()).body) == 200_000
         await client.closed()
@@ -946,13 +938,13 @@ async def test_a_client_that_reads_late_gets_all_it_asked_for() -> None:
 async def test_a_slow_client_gets_its_last_answer_whole() -> None:
     async with plane(always(answer(b"x" * 250_000)), idle_timeout_s=100.0) as made:
         client = await made.client(receive_buffer=4096)
-        client.writer.transport.pause_reading()
+        client.stop_reading()
         client.send(post(BODY, b"connection: close"))
         await until(lambda: made.outcomes().get("completed"))
         forward(LINGER_S + 1)
         for _ in range(200):
             await asyncio.sleep(0)
-        client.writer.transport.resume_reading()
+        client.read_on()
         assert len((await client.reply()).body) == 250_000
         await made.settled({"completed": 1})
 
@@ -985,14 +977,14 @@ async def test_draining_closes_what_is_idle_and_lets_what_runs_end() -> None:
 async def test_draining_waits_for_the_bytes_that_a_slow_client_has_yet_to_take() -> None:
     async with plane(always(answer(b"x" * 250_000))) as made:
         client = await made.client(receive_buffer=4096)
-        client.writer.transport.pause_reading()
+        client.stop_reading()
         client.send(post())
         await until(lambda: made.outcomes().get("completed"))
         drained = asyncio.ensure_future(made.frontend.drained())
         for _ in range(100):
             await asyncio.sleep(0)
         assert not drained.done()
-        client.writer.transport.resume_reading()
+        client.read_on()
         assert len((await client.reply()).body) == 250_000
         await drained
         await made.settled({"completed": 1})

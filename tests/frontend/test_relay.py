@@ -625,7 +625,7 @@ async def test_a_client_that_leaves_as_its_answer_ends_takes_no_connection_of_an
         second.send(post()[:-1])
         await until(lambda: sum(one._reading.name == "BODY" for one in made.frontend.connections))
         (staying,) = [one for one in made.frontend.connections if one is not leaving]
-        # In one turn of the loop: the second request begins, the first one's answer ends, its client goes.
+        # In one turn of the loop: the second begins, the first one's answer ends, its client goes.
         staying.data_received(post()[-1:])
         upstream.data_received(WHOLE)
         leaving.connection_lost(None)

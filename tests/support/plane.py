@@ -1,7 +1,7 @@
-"""The data plane in one process, between raw sockets: the test writes what a client and what a worker send.
+"""The data plane in one process, between raw sockets: a test writes what clients and workers send.
 
-The front end, the router, its fleet and the upstream pools are the real ones; only the model's store and
-the workers' management are made up. After a test everything must have been given back: see `settled`.
+The front end, the router, its fleet and the upstream pools are the real ones; only the model's store
+and the workers' management are made up. After a test all must have been given back: see `settled`.
 """
 
 import asyncio
@@ -135,6 +135,12 @@ class Client(Peer):
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         super().__init__(reader, writer)
         self._rest = b""
+
+    def stop_reading(self) -> None:
+        cast("asyncio.Transport", self.writer.transport).pause_reading()
+
+    def read_on(self) -> None:
+        cast("asyncio.Transport", self.writer.transport).resume_reading()
 
     async def reply(self, method: str = "POST") -> "Reply":
         """The next answer, which must be there to its end."""
