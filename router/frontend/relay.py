@@ -232,7 +232,7 @@ async def relay(
             upstream = None
         except asyncio.CancelledError:
             # Its answer may have ended in the meantime, and the connection be another's.
-            if client.upstream is upstream:
+            if one.over.cancelled() or not one.over.done():
                 upstream.abandon()
                 client.upstream = None
             raise
