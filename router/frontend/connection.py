@@ -395,7 +395,7 @@ class ClientConnection:
             self._answer_fault(request, ApiError(500, message, kind="server_error"), last=True)
             return
         finally:
-            request.body = b""  # an idle connection keeps its last request
+            request.forget()
         self._answered(last=not follows or self._service.closing)
 
     def _answer_fault(self, request: Request, error: ApiError, *, last: bool) -> None:

@@ -279,7 +279,7 @@ class Exchange:
 
     def _first_byte(self) -> None:
         self._begun = True
-        self._request.body = b""  # from here on there is no other worker to send it to
+        self._request.forget()  # from here on there is no other worker to send it to
         self._metrics.first_byte(self._model.model_id, self._loop.time() - self._request.arrived)
 
     def _count(self, lease: Lease, answer: Answer, status: int | None = None) -> None:

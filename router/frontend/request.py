@@ -77,6 +77,12 @@ class Request:
             lines.append(f"{VERSION_HEADER}: {version}\r\n")
         return b"".join(("".join(lines).encode("latin-1"), own, b"\r\n"))
 
+    def forget(self) -> None:
+        """Let go of what only sending it takes: its answer may last for long, its connection longer."""
+        self.body = b""
+        self.fields = []
+        self.headers = {}
+
     def for_application(self) -> bytes:
         """What a page needs of its head, as the last one on its connection. None takes a body."""
         lines = [f"{self.method} {self.target.decode('latin-1')} HTTP/1.1\r\nhost: router\r\n"]
