@@ -28,13 +28,13 @@ PARALLEL := --numprocesses 3 --dist loadgroup
 COMPILED := router/core/demand.py router/core/policies/cost.py router/core/residency.py \
 	router/core/shares.py router/core/timing.py router/frontend/connection.py \
 	router/frontend/exchange.py router/frontend/relay.py router/frontend/request.py \
-	router/patience.py router/telemetry/answer.py router/workers/upstream.py \
+	router/frontend/service.py router/patience.py router/telemetry/answer.py router/workers/upstream.py \
 	sim/engine.py sim/host.py sim/kv.py
 CACHE := .lorayard
 MODEL := $(CACHE)/smollm2-135m
 
 .PHONY: help serve install install-engine install-train test test-fast test-lowest lint format \
-	bench validate demo-adapters clean
+	bench bench-data-plane validate demo-adapters clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -119,6 +119,9 @@ bench: $(VENV)/.test  ## measure the router's cost and the simulator's speed on 
 	$(PY) -m benchmarks.simulator_speed
 	$(PY) -m benchmarks.decisions
 	$(PY) -m benchmarks.overload
+
+bench-data-plane: $(VENV)/.test  ## measure this router beside vllm-router, smg and HAProxy (half an hour)
+	$(PY) -m benchmarks.data_plane --profile
 
 validate: $(VENV)/.test install-engine  ## compare the simulator with two real vLLM workers of this machine (half an hour)
 	$(PY) -m engine_worker.demo build $(MODEL)

@@ -24,6 +24,7 @@ COMPILED = [
     "router/frontend/exchange.py",
     "router/frontend/relay.py",
     "router/frontend/request.py",
+    "router/frontend/service.py",
     "router/patience.py",
     "router/telemetry/answer.py",
     "router/workers/upstream.py",

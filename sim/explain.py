@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from router.core.explain import REASONS, explain
 from router.core.fleet import Worker
 from router.core.job import AdapterRef, AdapterUse, Job, LoadError
+from router.core.lease import Lease
 from router.core.placement import Decision, Reason
 from router.core.ports import Observer
-from router.core.router import Lease
 
 if TYPE_CHECKING:
     from sim.replay import Ended

@@ -17,11 +17,12 @@ import msgspec
 from router.config import Config, LLMConfig
 from router.core.fleet import Fleet, Worker
 from router.core.job import AdapterRef, AdapterUse, Job, LoadError, Outcome, Prefix, Rejected
+from router.core.lease import Lease
 from router.core.placement import Decision, Policy
 from router.core.policies import POLICIES
 from router.core.ports import Observer
 from router.core.prefixes import marks
-from router.core.router import Lease, Router
+from router.core.router import Router
 from sim.engine import EngineRequest
 from sim.environment import Environment, Moment
 from sim.explain import Witness
@@ -171,6 +172,7 @@ class _Punctual(Policy):
         self._place = policy.place
         self.arrived = policy.arrived  # type: ignore[method-assign]
         self.opens_at = policy.opens_at  # type: ignore[method-assign]
+        self.has_memory = policy.has_memory  # type: ignore[method-assign]
         self.locality_tokens = policy.locality_tokens
         self.replicates = policy.replicates
 

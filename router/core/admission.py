@@ -135,6 +135,7 @@ class AdmissionQueue(Generic[GrantT]):
         self._latest: _Order[GrantT] = _Order(latest_first=True)
         self._by_adapter: dict[AdapterRef | None, _Order[GrantT]] = {}
         self._counts: dict[AdapterRef | None, int] = {}
+        self._of_tenant: dict[str, int] = {}
         self._flows: dict[tuple[str, int], float] = {}
         self._clock = 0.0
         self._seq = 0
@@ -164,6 +165,10 @@ class AdmissionQueue(Generic[GrantT]):
     def waiting_for(self, adapter: AdapterRef | None) -> int:
         """How many wait for an adapter."""
         return self._counts.get(adapter, 0)
+
+    def waiting_of(self, tenant: str) -> int:
+        """How many wait of a tenant."""
+        return self._of_tenant.get(tenant, 0)
 
     # Tags.
 
@@ -214,6 +219,8 @@ class AdmissionQueue(Generic[GrantT]):
             same = self._by_adapter[adapter] = _Order()
         same.push(waiter)
         self._counts[adapter] = self._counts.get(adapter, 0) + 1
+        tenant = waiter.job.tenant
+        self._of_tenant[tenant] = self._of_tenant.get(tenant, 0) + 1
 
     def leave(self, waiter: Waiter[GrantT]) -> None:
         """Stop waiting, for whatever reason; leaving twice is harmless."""
@@ -230,6 +237,12 @@ class AdmissionQueue(Generic[GrantT]):
             self._by_adapter[adapter].left()
         else:
             del self._counts[adapter], self._by_adapter[adapter]
+        tenant = waiter.job.tenant
+        left = self._of_tenant[tenant] - 1
+        if left:
+            self._of_tenant[tenant] = left
+        else:
+            del self._of_tenant[tenant]
         self._order.left()
         self._latest.left()
         if not self._length:  # nobody contends: what was used before counts no more

@@ -5,8 +5,9 @@ Truth is kept in this order:
   2. what the worker pushes (`Report`), which is late by nature: it corrects the ledger only.
 So a burst cannot pile onto one worker in the time that a report takes.
 
-Indexes keep placement cheap: the holders of each adapter, who has it in host memory, and the workers
-that are not overloaded. They change by a constant amount of work when a job comes or goes.
+Indexes keep placement cheap: the holders of each adapter, who has it in host memory, the workers that
+are not overloaded, and those of them with a slot to give. They change by a constant amount of work
+when a job comes or goes.
 """
 
 from collections import OrderedDict
@@ -59,6 +60,7 @@ class Worker:
         "kept_for",
         "kv_tokens",
         "max_ongoing",
+        "number",
         "pace",
         "places",
         "ready_index",
@@ -79,6 +81,7 @@ class Worker:
     ) -> None:
         assert max_ongoing > 0, max_ongoing
         self.id = worker_id
+        self.number = 0  # in the fleet's order, once it is in one
         self.max_ongoing = max_ongoing
         self.slots = SlotCache(slots, eviction)
         self.places = Shares(max_ongoing)
@@ -135,6 +138,8 @@ class Fleet:
         self._in_host: dict[AdapterRef, dict[str, Worker]] = {}
         self._holders: dict[AdapterRef, dict[str, Worker]] = {}
         self._ready: list[Worker] = []
+        self._spare: dict[Worker, None] = {}  # of those, who has a slot to give
+        self._joined = 0
 
     def __iter__(self) -> Iterator[Worker]:
         return iter(self._workers.values())
@@ -150,6 +155,24 @@ class Fleet:
     def ready(self) -> Sequence[Worker]:
         """Workers that accept jobs and are not overloaded, in no order that means anything."""
         return self._ready
+
+    def within_reach(self, adapter: AdapterRef | None) -> Sequence[Worker]:
+        """Of the ready, in their order, who holds the adapter or has a slot for it: no other serves it.
+
+        O(found x log), however many are ready: nothing where every slot is in use.
+        """
+        if adapter is None or len(self._spare) == len(self._ready):
+            return self._ready
+        spare = self._spare
+        found = list(spare)
+        if held := self._holders.get(adapter):
+            found += [
+                worker
+                for worker in held.values()
+                if worker.ready_index >= 0 and worker not in spare
+            ]
+        found.sort(key=_ready_index)
+        return found
 
     def holders(self, adapter: AdapterRef) -> Sequence[Worker]:
         """Workers where the adapter is resident or loading, in the order in which they got it."""
@@ -207,8 +230,11 @@ class Fleet:
         """A worker joins; its id must be new."""
         assert worker.id not in self._workers, worker.id
         self._workers[worker.id] = worker
+        self._joined += 1
+        worker.number = self._joined
         worker.slots.pins = self.pins
-        worker.slots.shares.tenants = worker.places.tenants = self.tenants
+        worker.slots.shares.join(self.tenants, self.tenants.slots)
+        worker.places.join(self.tenants, self.tenants.places)
         self._slots += worker.slots.capacity
         for slot in worker.slots:
             self._index(worker, slot)
@@ -222,6 +248,8 @@ class Fleet:
         for slot in worker.slots:
             self._unindex(worker, slot)
         self._slots -= worker.slots.capacity
+        worker.slots.shares.leave()
+        worker.places.leave()
         self._hosts(worker, {})
         self.prefixes.forget(worker.id)
 
@@ -243,15 +271,18 @@ class Fleet:
         """
         worker.in_flight += 1
         worker.places.opened(tenant)
-        if worker.in_flight >= worker.max_ongoing:
-            self._settle(worker)
+        full = worker.in_flight >= worker.max_ongoing
         if adapter is None:
+            if full:
+                self._settle(worker)
             return None, False
         slot = worker.slots.get(adapter)
         begin = slot is None
         if slot is None:
             slot = self.begin_load(worker, adapter)
         worker.slots.acquire(slot, tenant)
+        if full or (slot.users == 1 and not worker.slots.spare):
+            self._settle(worker)
         self.users[adapter] = self.users.get(adapter, 0) + 1
         return slot, begin
 
@@ -261,6 +292,7 @@ class Fleet:
         self._index(worker, slot)
         if slot.victim is not None:
             self._unindex(worker, slot.victim)
+        self._settle(worker)
         return slot
 
     def release(self, worker: Worker, slot: Slot | None, tenant: str = "") -> None:
@@ -278,8 +310,8 @@ class Fleet:
             self.users[slot.adapter] = left
         else:
             del self.users[slot.adapter]
-        if slot.phase is not COLD:
-            worker.slots.release(slot)
+        if slot.phase is not COLD and worker.slots.release(slot) and worker not in self._spare:
+            self._settle(worker)
 
     def begin_work(self, worker: Worker, job: Job, cached_tokens: int, now: float) -> float:
         """Count the job's tokens in, at the moment of decision; return what `end_work` takes out."""
@@ -313,6 +345,7 @@ class Fleet:
         """The adapter is resident as of the worker's state `seq`. Returns the evicted slot."""
         worker.seq_floor = max(worker.seq_floor, seq)
         victim = worker.slots.finish_load(slot)
+        self._settle(worker)
         if victim is not None:
             self.evicted = 1.0 + self._evictions(now)
             self.evicted_at = now
@@ -326,6 +359,7 @@ class Fleet:
         self._unindex(worker, slot)
         if victim is not None and self._workers.get(worker.id) is worker:
             self._index(worker, victim)
+        self._settle(worker)
 
     def observe(self, worker: Worker, report: Report, now: float = 0.0) -> None:
         """Take in a worker's report; its word on adapters counts unless a load has overtaken it."""
@@ -353,12 +387,14 @@ class Fleet:
             elif worker.slots.get(adapter) is None:
                 settled = False
         worker.seq_settled = report.seq if settled else -1
+        self._settle(worker)
 
     def disown(self, worker: Worker, adapter: AdapterRef) -> None:
         """The worker said that it does not hold an adapter that the ledger has as resident."""
         slot = worker.slots.get(adapter)
         if slot is not None and worker.slots.disown(slot):
             self._unindex(worker, slot)
+            self._settle(worker)
 
     # A slot is closed, opened, pinned.
 
@@ -384,6 +420,7 @@ class Fleet:
             slot = worker.slots.get(adapter)
             if slot is not None:
                 worker.slots.pin(slot, pinned=pinned)
+                self._settle(worker)
 
     # The indexes.
 
@@ -410,7 +447,7 @@ class Fleet:
             del self._holders[slot.adapter]
 
     def _settle(self, worker: Worker) -> None:
-        """Put the worker into the list of those that are ready, or take it out, in O(1)."""
+        """Put the worker among those that are ready, and those with a slot, or take it out, in O(1)."""
         wanted = worker.accepting and not worker.overloaded
         index = worker.ready_index
         if wanted and index < 0:
@@ -422,6 +459,14 @@ class Fleet:
                 self._ready[index] = last
                 last.ready_index = index
             worker.ready_index = -1
+        if wanted and worker.slots.spare:
+            self._spare[worker] = None
+        else:
+            self._spare.pop(worker, None)
+
+
+def _ready_index(worker: Worker) -> int:
+    return worker.ready_index
 
 
 def two_of(workers: Sequence[Worker], rng: Random) -> tuple[Worker, Worker]:

@@ -39,7 +39,8 @@ class Job(msgspec.Struct, eq=False, gc=False):
     `max_output_tokens` 0 where the client did not say. `priority` is vLLM's: less is more urgent.
     `deadline` is the loop time by which its first token must be out. With `refuse_cold` it is turned
     away where its adapter is not resident. `prefix` are the marks of its prompt (see prefixes.py), and
-    `avoid` names workers that already failed this request.
+    `avoid` names workers that already failed this request. `counted` is the router's own: it has let
+    the job in before, so a retry, of whatever cause, is no second request of its tenant's quota.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Job(msgspec.Struct, eq=False, gc=False):
     refuse_cold: bool = False
     prefix: tuple[Prefix, ...] = ()
     avoid: tuple[str, ...] = ()
+    counted: bool = False
 
 
 class AdapterUse(StrEnum):

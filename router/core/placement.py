@@ -111,6 +111,10 @@ class Policy:
         """The worker for the job, or None and why it must wait."""
         raise NotImplementedError
 
+    def has_memory(self, job: Job, worker: Worker, fleet: Fleet) -> bool:  # noqa: ARG002
+        """Whether the job's context fits into the worker's memory now; yes, where it is not known."""
+        return True
+
     def opens_at(self, worker: Worker, now: float) -> float:  # noqa: ARG002
         """The loop time from which the worker is to be sent more: `now`, unless it is full."""
         return now
@@ -119,7 +123,7 @@ class Policy:
 def with_room(fleet: Fleet, job: Job, rng: Random) -> Worker | None:
     """A less busy worker that is not overloaded and can give the adapter a slot.
 
-    Two draws first; only where neither will do are all looked at.
+    Two draws first; only where neither will do are all in reach looked at.
     """
     ready = fleet.ready
     drawn = less_busy_of_two(ready, rng)
@@ -129,12 +133,16 @@ def with_room(fleet: Fleet, job: Job, rng: Random) -> Worker | None:
 
 
 def eligible(job: Job, fleet: Fleet) -> list[Worker]:
-    """Who may take the job under any policy, in no order that means anything. O(workers).
+    """Who may take the job under any policy, in no order that means anything. O(those in reach).
 
     The bounds are the router's: the worker accepts, is not overloaded, and holds the adapter or can
     give it a slot. Those that failed the job are left out, unless nobody else is left.
     """
-    able = [worker for worker in fleet.ready if worker.can_serve(job.adapter, job.tenant)]
+    able = [
+        worker
+        for worker in fleet.within_reach(job.adapter)
+        if worker.can_serve(job.adapter, job.tenant)
+    ]
     if job.avoid:
         able = [worker for worker in able if worker.id not in job.avoid] or able
     return able

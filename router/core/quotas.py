@@ -55,7 +55,8 @@ class Quotas:
     def reserve(self, tenant: str, tokens: float, now: float, *, again: bool = False) -> float:
         """Take one request and its tokens. 0.0 if they were had, else after how long they can be.
 
-        `again` is for one that was counted and has failed on a worker: its tokens are reserved anew.
+        `again` is for one that was counted before. Its tokens are reserved anew, since those that it
+        reserved then were settled when it failed.
         """
         buckets = self._buckets.get(tenant)
         if buckets is None:

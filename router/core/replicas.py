@@ -7,11 +7,13 @@ holder is not unloaded: the policy prefers the others, so its slot falls idle an
 
 Churn is bounded: no load begins on a worker where one is under way, at most `LOADS_AT_ONCE` in a
 period. For a hot adapter one may be evicted that is asked for less than each holder would be; whatever
-else was in use of late, or waits in the queue, and is held nowhere, is loaded where a slot is free.
+else was in use of late, or waits in the queue, and is held nowhere, is loaded where a slot is free. An
+adapter whose load failed is left alone, for twice as long each time, until one succeeds.
 
 Cost: nothing but a dictionary's look-up on the way of a request; each period walks the adapters in use.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from math import ceil
 from typing import Final
@@ -26,6 +28,8 @@ LOADS_AT_ONCE: Final = 4
 # A worker's worth is what workers have on average, but at least this share of what they may have.
 WORTH_MIN: Final = 0.25
 LOOKED_AT: Final = 8
+BACKOFF_MAX_S: Final = 60.0
+FAILED_MAX: Final = 4096
 
 
 class Replicas:
@@ -36,6 +40,8 @@ class Replicas:
         self._fleet = fleet
         self._warm = warm
         self._in_flight: dict[AdapterRef, float] = {}
+        # Whose last load has failed: until when it is left alone, and for how long that is.
+        self._backoff: OrderedDict[AdapterRef, tuple[float, float]] = OrderedDict()
         self._turn = 0
 
     def waits(self, adapter: AdapterRef) -> None:
@@ -59,9 +65,21 @@ class Replicas:
         if best is not None:
             self._warm(best, adapter)
 
-    def failed(self, adapter: AdapterRef) -> None:
-        """A load of it has failed: it is not loaded again until it is asked for again."""
+    def loaded(self, adapter: AdapterRef) -> None:
+        """A load of it has succeeded."""
+        self._backoff.pop(adapter, None)
+
+    def failed(self, adapter: AdapterRef, now: float) -> None:
+        """A load of it has failed: it is not loaded ahead again before some time, if it is wanted."""
         self._in_flight.pop(adapter, None)
+        _, before_s = self._backoff.pop(adapter, (0.0, 0.0))
+        wait_s = min(max(2.0 * before_s, PERIOD_S), BACKOFF_MAX_S)
+        self._backoff[adapter] = (now + wait_s, wait_s)
+        if len(self._backoff) > FAILED_MAX:
+            self._backoff.popitem(last=False)
+
+    def _left_alone(self, adapter: AdapterRef, now: float) -> bool:
+        return now < self._backoff.get(adapter, (0.0, 0.0))[0]
 
     def plan(self, waiting_for: Callable[[AdapterRef], int], now: float) -> bool:
         """Set the targets and begin what loads they need; False when nothing is in use any more."""
@@ -92,6 +110,7 @@ class Replicas:
             if len(fleet.holders(adapter)) < target:
                 wanting.append((-smoothed, adapter))
         wanting.extend((0.0, pin) for pin in fleet.pins if not fleet.holders(pin))
+        wanting = [want for want in wanting if not self._left_alone(want[1], now)]
         wanting.sort()
         for _, adapter in wanting[:LOADS_AT_ONCE]:
             self._load(adapter, workers, now)

@@ -164,6 +164,11 @@ class SlotCache:
         """How many adapters could be evicted now."""
         return len(self._idle)
 
+    @property
+    def spare(self) -> bool:
+        """Whether an adapter that is not here could have a slot: a free one, or an idle one's."""
+        return bool(self._idle) or self.free > 0
+
     def get(self, adapter: AdapterRef) -> Slot | None:
         """The adapter's slot, or None where it is cold."""
         return self._slots.get(adapter)
@@ -181,8 +186,7 @@ class SlotCache:
             if slot.users or self.shares.tenants.alone:
                 return True
             return self.shares.may_open(tenant, self.capacity - self.in_use)
-        free = self.capacity - len(self._slots) + self._evicting
-        if free <= 0 and not self._idle:
+        if not self._idle and self.capacity - len(self._slots) + self._evicting <= 0:
             return False
         return self.shares.tenants.alone or self.shares.may_open(
             tenant, self.capacity - self.in_use

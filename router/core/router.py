@@ -5,26 +5,31 @@ fair queue, the deadline), placement (which worker), residency (the adapter is m
 lease. Capacity is reserved at the moment of decision, before any await, and leaving the block releases
 all of it, whatever happened.
 
-This is the only module of the core that waits. It reads no clock but `loop.time()`, so the same
-code runs on a real loop and on the simulator's.
+Here is the order of things, and who is served when. What goes on beside it is told apart: what was
+reserved for one job in lease.py, adapters on their way in fetches.py and loads.py, who has waited too
+long in claims.py, slots that must fall idle in headroom.py. No clock is read but `loop.time()`, so the
+same code runs on a real loop and on the simulator's.
 """
 
 import asyncio
 import math
 from collections.abc import Mapping
-from functools import partial
-from types import TracebackType
-from typing import Final, NoReturn, Self
+from typing import Final, NoReturn
 
 from router.core.admission import AdmissionQueue, Waiter
+from router.core.claims import Claims
 from router.core.drain import DrainRate
+from router.core.fetches import Fetches
 from router.core.fleet import Fleet, Report, Worker
-from router.core.job import AdapterRef, AdapterUse, Job, LoadError, LoadFault, Outcome, Rejected
+from router.core.headroom import Headroom
+from router.core.job import AdapterRef, AdapterUse, Job, LoadError, Outcome, Rejected
+from router.core.lease import Grant, Lease
+from router.core.loads import Loads
 from router.core.placement import Decision, Drop, Policy, Reason, nobody
 from router.core.ports import Loader, NoObserver, Observer
 from router.core.quotas import Quota, Quotas
 from router.core.replicas import Replicas
-from router.core.residency import LOADING, RESIDENT, Slot
+from router.core.residency import RESIDENT, Slot
 from router.core.timing import GAIN, Tier
 
 RETRY_AFTER_MAX_S: Final = 60.0
@@ -33,155 +38,9 @@ NO_ADAPTER: Final = AdapterUse.NONE
 HIT: Final = AdapterUse.HIT
 JOINED: Final = AdapterUse.LOADING
 COLD: Final = AdapterUse.COLD
-# How many of those who wait too long for a slot are looked at in one go.
-CLAIMS_AT_ONCE: Final = 16
-# After so many patiences another slot is closed instead: this one has a long answer in it.
-CLAIM_PATIENCES: Final = 4
-AGAIN_MIN_S: Final = 0.001
+AGAIN_MIN_S: Final = 0.001  # a timer that fires sooner would find the clock where it was
 # How many that would rather wait are passed over when a worker has room.
 REFUSALS_MAX: Final = 32
-
-
-class Grant:
-    """What was reserved for one job. `context_tokens` is what its worker counts it for."""
-
-    __slots__ = ("context_tokens", "decision", "slot", "tenant", "use", "worker")
-
-    def __init__(
-        self,
-        worker: Worker,
-        slot: Slot | None,
-        use: AdapterUse,
-        decision: Decision,
-        context_tokens: float,
-        tenant: str,
-    ) -> None:
-        self.worker = worker
-        self.slot = slot
-        self.use = use
-        self.decision = decision
-        self.context_tokens = context_tokens
-        self.tenant = tenant
-
-
-class Lease:
-    """One job's place on one worker. Made by `Router.lease`, entered once.
-
-    Entering raises `Rejected` where there is no capacity, and `LoadError` where the adapter could
-    not be made resident; nothing is held then. `queued_s` and `load_s` are what it waited for, in
-    vain or not. Who holds it may say when the first token came, and how many there were at the end:
-    predictions and quotas become truer by it.
-    """
-
-    __slots__ = (
-        "_first_token_at",
-        "_grant",
-        "_output_tokens",
-        "_prompt_tokens",
-        "_reserved",
-        "_router",
-        "job",
-        "load_s",
-        "queued_s",
-    )
-
-    def __init__(self, router: "Router", job: Job) -> None:
-        self._router = router
-        self.job = job
-        self._grant: Grant | None = None
-        self._reserved = 0.0
-        self._first_token_at: float | None = None
-        self._prompt_tokens: int | None = None
-        self._output_tokens: int | None = None
-        self.queued_s = 0.0
-        self.load_s = 0.0
-
-    @property
-    def worker(self) -> Worker:
-        """The worker that the job was placed on."""
-        assert self._grant is not None, "the lease is not held"
-        return self._grant.worker
-
-    @property
-    def use(self) -> AdapterUse:
-        """Where the adapter stood when the job was placed."""
-        assert self._grant is not None, "the lease is not held"
-        return self._grant.use
-
-    @property
-    def decision(self) -> Decision:
-        """Why that worker."""
-        assert self._grant is not None, "the lease is not held"
-        return self._grant.decision
-
-    def first_token(self) -> None:
-        """The first token is out, now."""
-        if self._first_token_at is None:
-            self._first_token_at = self._router.loop.time()
-
-    def answered(self, output_tokens: int, prompt_tokens: int | None = None) -> None:
-        """The answer is complete and had so many tokens; the prompt too, where the engine said so."""
-        self._output_tokens = output_tokens
-        self._prompt_tokens = prompt_tokens
-
-    async def __aenter__(self) -> Self:
-        router, job = self._router, self.job
-        self._reserved = router._enter(job)  # noqa: SLF001  (two halves of one mechanism)
-        try:
-            if router._must_fetch(job):  # noqa: SLF001
-                started = router.loop.time()
-                try:
-                    await router._fetched(job)  # noqa: SLF001
-                finally:
-                    self.load_s = router.loop.time() - started
-            grant = router._admit(job)  # noqa: SLF001
-            if grant is None:
-                started = router.loop.time()
-                try:
-                    grant = await router._wait(job)  # noqa: SLF001
-                finally:
-                    self.queued_s = router.loop.time() - started
-            slot = grant.slot
-            if slot is not None and slot.phase is not RESIDENT:
-                started = router.loop.time()
-                try:
-                    await router._resident(grant)  # noqa: SLF001
-                except BaseException:
-                    router._release(grant)  # noqa: SLF001
-                    raise
-                finally:
-                    self.load_s += router.loop.time() - started
-        except BaseException:
-            router._settle(job, self._reserved, 0.0)  # noqa: SLF001
-            raise
-        self._grant = grant
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        grant, self._grant = self._grant, None
-        assert grant is not None, "a lease is left once"
-        router = self._router
-        tokens = self._output_tokens
-        if tokens:  # an embedding and a refusal teach nothing of how long answers are
-            router.fleet.learned.answered(tokens)
-            if self._first_token_at is not None and tokens > 1:
-                step_s = (router.loop.time() - self._first_token_at) / (tokens - 1)
-                router.fleet.learn_pace(grant.worker, step_s)
-        used = self._reserved
-        if kind is not None:
-            # A client that hangs up has had its prompt computed; who was failed pays nothing.
-            gone = issubclass(kind, asyncio.CancelledError)
-            used = float(self.job.prompt_tokens) if gone else 0.0
-        if tokens is not None:
-            prompt = self._prompt_tokens
-            used = float(tokens + (self.job.prompt_tokens if prompt is None else prompt))
-        router._settle(self.job, self._reserved, used)  # noqa: SLF001
-        router._release(grant)  # noqa: SLF001
 
 
 class Router:
@@ -210,7 +69,6 @@ class Router:
         self.loop = asyncio.get_running_loop()
         self.fleet = fleet
         self.queue_timeout_s = queue_timeout_s
-        self.slot_patience_s = slot_patience_s
         self._policy = policy
         self._loader = loader
         self._observer = observer or NoObserver()
@@ -222,15 +80,12 @@ class Router:
         fleet.tenants.weigh(weights or {})
         self._quotas = Quotas(quotas or {}, self.loop.time())
         self._drain_rate = DrainRate()
-        # One task a load, and one a fetch: no waiter's leaving may cancel what the others wait for.
-        self._loads: dict[tuple[str, Slot], asyncio.Task[int]] = {}
-        self._fetches: dict[AdapterRef, asyncio.Task[None]] = {}
-        self._fetch_waiters: dict[AdapterRef, dict[asyncio.Future[None], None]] = {}
-        self._fetching = 0  # jobs that wait for one
-        # Slots that were closed, by the waiter for whom.
-        self._claims: dict[int, tuple[Worker, Slot]] = {}
-        self._kept: dict[int, Worker] = {}  # workers that are kept for one that needs much memory
-        self._patience: asyncio.TimerHandle | None = None
+        self._fetches = Fetches(fleet, loader)
+        self._loads = Loads(fleet, loader, self._observer, self._load_ended)
+        self._claims = Claims(
+            fleet, self._queue, self._decide, self._drain, patience_s=slot_patience_s
+        )
+        self._headroom = Headroom(fleet)
         self._again: asyncio.TimerHandle | None = None
         self._again_at = math.inf
         self._replicas = Replicas(fleet, self.warm) if policy.replicates else None
@@ -263,7 +118,7 @@ class Router:
 
     def set_observer(self, observer: Observer) -> None:
         """Tell another observer from now on."""
-        self._observer = observer
+        self._observer = self._loads.observer = observer
 
     # For those who know the workers.
 
@@ -275,12 +130,8 @@ class Router:
     def remove_worker(self, worker: Worker) -> None:
         """A worker is gone: its loads fail now, with the worker as the reason."""
         self.fleet.remove(worker)
-        for (worker_id, _), task in tuple(self._loads.items()):
-            if worker_id == worker.id:
-                task.cancel()
-        for seq, (claimed, _) in tuple(self._claims.items()):
-            if claimed is worker:
-                del self._claims[seq]
+        self._loads.cancel(worker)
+        self._claims.forget(worker)
         self._serve_open()  # an adapter that it alone held may go elsewhere now
 
     def set_accepting(self, worker: Worker, *, accepting: bool) -> None:
@@ -305,7 +156,7 @@ class Router:
             return False
         if not worker.can_serve(adapter):
             return False
-        self._begin_load(worker, self.fleet.begin_load(worker, adapter))
+        self._loads.begin(worker, self.fleet.begin_load(worker, adapter))
         return True
 
     def pin(self, adapter: AdapterRef, *, pinned: bool) -> None:
@@ -316,21 +167,20 @@ class Router:
 
     def close(self) -> None:
         """Turn away all who wait and whoever comes; leases that are held go on to their end."""
-        self._closed = True
-        for timer in (self._patience, self._again, self._ticking):
+        self._closed = self._loads.closed = True
+        self._claims.close()
+        for timer in (self._again, self._ticking):
             if timer is not None:
                 timer.cancel()
         for waiter in tuple(self._queue):
             self._refuse(waiter, self._shutting_down())
-        for waiters in self._fetch_waiters.values():
-            for future in waiters:
-                if not future.done():
-                    future.set_exception(self._shutting_down())
+        for done in self._fetches.pending:
+            done.set_exception(self._shutting_down())
 
     async def aclose(self) -> None:
         """Close, and end the loads and fetches that are still under way."""
         self.close()
-        under_way = (*self._loads.values(), *self._fetches.values())
+        under_way = (*self._loads.tasks, *self._fetches.tasks)
         for task in under_way:
             task.cancel()
         await asyncio.gather(*under_way, return_exceptions=True)
@@ -350,12 +200,13 @@ class Router:
         if job.refuse_cold and adapter is not None and not fleet.resident(adapter):
             self._refuse_cold(adapter)
         tokens = job.prompt_tokens + fleet.learned.expected_output(job.max_output_tokens)
-        if wait_s := self._quotas.reserve(job.tenant, tokens, now, again=bool(job.avoid)):
+        if wait_s := self._quotas.reserve(job.tenant, tokens, now, again=job.counted):
             raise Rejected(
                 Outcome.OVER_QUOTA,
                 f"tenant `{job.tenant}` is over its quota; there is room again in {wait_s:.3g} s",
                 wait_s,
             )
+        job.counted = True
         fleet.tenants.arrived(job.tenant, now)
         return tokens
 
@@ -372,6 +223,13 @@ class Router:
             f"about {load_s:.3g} s",
             load_s,
         )
+
+    def _decide(self, job: Job, now: float) -> Decision:
+        """The policy's decision, within what the job asks for. Raises `Rejected` where it cannot be."""
+        decision = self._policy.place(job, self.fleet, now)
+        if job.refuse_cold and job.adapter is not None:
+            return self._without_load(job, job.adapter, decision)
+        return decision
 
     def _without_load(self, job: Job, adapter: AdapterRef, decision: Decision) -> Decision:
         """The decision for a job that refuses to wait for a load: a worker that has its adapter.
@@ -394,45 +252,30 @@ class Router:
             and self._policy.opens_at(worker, now) <= now
         ]
         able = [worker for worker in able if worker.id not in job.avoid] or able
-        if not able:
-            return Decision(None, Reason.ALL_OVERLOADED, decision.dropped, decision.considered)
-        worker = min(able, key=lambda worker: worker.in_flight)
+        roomy = [worker for worker in able if self._policy.has_memory(job, worker, self.fleet)]
+        if not roomy:
+            full = tuple((worker.id, Drop.NO_MEMORY) for worker in able)
+            return Decision(None, Reason.ALL_OVERLOADED, decision.dropped + full)
+        worker = min(roomy, key=lambda worker: worker.in_flight)
         return Decision(worker, Reason.HOLDER, decision.dropped, decision.considered)
 
-    # Fetching: the adapter comes to this host before a worker is chosen, and holds up none.
-
-    def _must_fetch(self, job: Job) -> bool:
-        adapter = job.adapter
-        if adapter is None or self.fleet.staged(adapter) or self.fleet.holders(adapter):
-            return False
-        if self._loader.staged(adapter):
-            self.fleet.stage(adapter)
-            return False
-        return True
+    # Fetching.
 
     async def _fetched(self, job: Job) -> None:
         """Wait until the adapter is on this host. Raises `LoadError` and `Rejected`."""
         adapter = job.adapter
         assert adapter is not None
-        if self._fetching >= self._queue.limit:  # a bound of their own: they keep nobody out
+        if self._fetches.waiting >= self._queue.limit:  # a bound of their own: they keep nobody out
             raise self._queue_full()
-        if adapter not in self._fetches:
-            task = self.loop.create_task(self._loader.fetch(adapter))
-            self._fetches[adapter] = task
-            task.add_done_callback(partial(self._fetch_ended, adapter))
-        done: asyncio.Future[None] = self.loop.create_future()
-        waiters = self._fetch_waiters.setdefault(adapter, {})
-        waiters[done] = None
+        done = self._fetches.fetched(adapter)
         timer = None
         if job.deadline is not None:
             until = max(self.loop.time(), self._last_moment(job, job.deadline))
             timer = self.loop.call_at(until, self._fetch_too_late, done, adapter)
-        self._fetching += 1
         try:
             await done
         finally:
-            self._fetching -= 1
-            waiters.pop(done, None)
+            self._fetches.left(adapter, done)
             if timer is not None:
                 timer.cancel()
 
@@ -440,26 +283,6 @@ class Router:
         if not done.done():
             message = f"the deadline has passed while adapter {adapter.name} was fetched"
             done.set_exception(Rejected(Outcome.DEADLINE, message, self.retry_after_s))
-
-    def _fetch_ended(self, adapter: AdapterRef, task: "asyncio.Task[None]") -> None:
-        del self._fetches[adapter]
-        error: LoadError | None
-        if task.cancelled():
-            error = LoadError(LoadFault.STORE_UNAVAILABLE, "the router is shutting down")
-        elif (failure := task.exception()) is None:
-            error = None
-            self.fleet.stage(adapter)
-        elif isinstance(failure, LoadError):
-            error = failure
-        else:
-            error = LoadError(LoadFault.STORE_UNAVAILABLE, f"{type(failure).__name__}: {failure}")
-        for done in self._fetch_waiters.pop(adapter, {}):
-            if done.done():
-                continue
-            if error is None:
-                done.set_result(None)
-            else:  # a new one for each: a shared one would gather all their tracebacks
-                done.set_exception(LoadError(error.fault, str(error)))
 
     # Admission: the queue.
 
@@ -500,7 +323,12 @@ class Router:
         if job.deadline is not None and (last := self._last_moment(job, job.deadline)) < until:
             until, outcome = max(now, last), Outcome.DEADLINE
             if (rate := self._drain_rate.fresh(now)) > 0.0:
-                wait_s = (queue.ahead_of(tag) + 1) / rate
+                # By the order of the queue; or, whatever others have in it, by its tenant's own jobs
+                # there at the rate that is its tenant's due.
+                own_rate = rate * self.fleet.tenants.share(job.tenant)
+                wait_s = min(
+                    (queue.ahead_of(tag) + 1) / rate, (queue.waiting_of(job.tenant) + 1) / own_rate
+                )
                 if now + wait_s > last:
                     raise Rejected(
                         outcome,
@@ -512,7 +340,7 @@ class Router:
         granted: asyncio.Future[Grant] = self.loop.create_future()
         waiter = Waiter(job, granted, now)
         queue.join(waiter, tag)
-        self._be_patient()
+        self._claims.waits()
         if self._replicas is not None and job.adapter is not None:
             self._replicas.waits(job.adapter)
         timer = self.loop.call_at(until, self._expire, waiter, outcome, until - now)
@@ -535,9 +363,8 @@ class Router:
         self._refuse(last, self._queue_full())
 
     def _queue_full(self) -> Rejected:
-        message = (
-            f"no capacity: {max(len(self._queue), self._fetching)} requests are waiting already"
-        )
+        waiting = max(len(self._queue), self._fetches.waiting)
+        message = f"no capacity: {waiting} requests are waiting already"
         return Rejected(Outcome.QUEUE_FULL, message, self.retry_after_s)
 
     def _expire(self, waiter: Waiter[Grant], outcome: Outcome, waited_s: float) -> None:
@@ -554,12 +381,7 @@ class Router:
         self._queue.leave(waiter)
         if not self._queue:
             self._drain_rate.pause()
-        worker = self._kept.get(waiter.seq)
-        if worker is None and waiter.seq in self._claims:
-            worker = self._claims[waiter.seq][0]
-        if worker is not None:
-            self._give_up_claim(waiter)
-            self._drain(worker)
+        self._claims.left(waiter)
 
     def _shutting_down(self) -> Rejected:
         return Rejected(Outcome.SHUTTING_DOWN, "the router is shutting down", 1.0)
@@ -621,92 +443,16 @@ class Router:
                 return
             self._drain(worker)
 
-    # Those who wait too long for a slot.
+    # Residency.
 
-    def _be_patient(self) -> None:
-        if self._patience is None and not self._closed:
-            self._patience = self.loop.call_later(self.slot_patience_s, self._lose_patience)
-
-    def _lose_patience(self) -> None:
-        """Close a slot for each of those who have waited too long for one, in their order."""
-        self._patience = None
-        if not self._queue:
-            return
-        now = self.loop.time()
-        self.fleet.tenants.tick(now)
-        looked_at: dict[AdapterRef | None, None] = {}
-        wanting: list[Waiter[Grant]] = []
-        for waiter in self._queue:
-            adapter = waiter.job.adapter
-            if adapter in looked_at:
-                continue
-            if now - waiter.joined_at >= self.slot_patience_s:
-                wanting.append(waiter)
-            looked_at[adapter] = None
-            if len(looked_at) == CLAIMS_AT_ONCE:
-                break
-        for waiter in wanting:
-            if not waiter.waits:
-                continue  # served on the way
-            claim = self._claims.get(waiter.seq)
-            if claim is not None and claim[0].slots.closed is claim[1] and now < waiter.claim_until:
-                continue
-            self._give_up_claim(waiter)
-            decision = self._policy.place(waiter.job, self.fleet, now)
-            if decision.worker is not None:  # what other tenants need has changed with time alone
-                self._drain(decision.worker)
-            elif decision.reason is Reason.NO_SLOT:
-                self._claim(waiter)
-            elif any(drop is Drop.NO_MEMORY for _, drop in decision.dropped):
-                self._claim_memory(waiter)
-        self._be_patient()
-
-    def _claim(self, waiter: Waiter[Grant]) -> None:
-        """Close the slot that will fall idle soonest, as far as one can tell: of the fewest users.
-
-        One of the tenant's own, or of another that uses more than its share where this one does not.
-        """
-        best: tuple[int, int, int] | None = None
-        chosen: tuple[Worker, Slot] | None = None
-        for worker in self.fleet.ready:
-            if worker.slots.closed is not None or worker.id in waiter.job.avoid:
-                continue
-            tenant, shares = waiter.job.tenant, worker.slots.shares
-            entitled = shares.entitled(tenant)
-            for slot in worker.slots:
-                if slot.tenant != tenant and not (entitled and shares.beyond(slot.tenant)):
-                    continue
-                if slot.phase is RESIDENT and slot.users and not slot.pinned:
-                    # One that was closed for it before, and has not fallen idle, comes last.
-                    rank = (
-                        waiter.tried.count(slot),
-                        slot.users,
-                        -len(self.fleet.holders(slot.adapter)),
-                    )
-                    if best is None or rank < best:
-                        best, chosen = rank, (worker, slot)
-        if chosen is not None:
-            self.fleet.close_slot(*chosen)
-            self._claims[waiter.seq] = chosen
-            waiter.tried.append(chosen[1])
-            waiter.claim_until = self.loop.time() + CLAIM_PATIENCES * self.slot_patience_s
-
-    def _claim_memory(self, waiter: Waiter[Grant]) -> None:
-        """Send nobody else to the worker with the most memory left, until this one fits."""
-        able = [worker for worker in self.fleet.ready if worker.kept_for is None]
-        if able:
-            worker = min(able, key=lambda worker: worker.context_tokens - worker.kv_tokens)
-            worker.kept_for = waiter.job
-            self._kept[waiter.seq] = worker
-
-    def _give_up_claim(self, waiter: Waiter[Grant]) -> None:
-        """Open the slot that was closed for it, and the worker that was kept."""
-        kept = self._kept.pop(waiter.seq, None)
-        if kept is not None and kept.kept_for is waiter.job:
-            kept.kept_for = None
-        claim = self._claims.pop(waiter.seq, None)
-        if claim is not None:
-            self.fleet.open_slot(*claim)
+    def _load_ended(self, worker: Worker, slot: Slot, error: LoadError | None) -> None:
+        if self._replicas is not None:
+            if error is None:
+                self._replicas.loaded(slot.adapter)
+            else:
+                self._replicas.failed(slot.adapter, self.loop.time())
+        # A slot may have fallen idle, or be free again.
+        self._drain(worker)
 
     # Placement, and the reservation in the same step.
 
@@ -717,9 +463,7 @@ class Router:
         """
         now = self.loop.time()
         fleet, adapter = self.fleet, job.adapter
-        decision = self._policy.place(job, fleet, now)
-        if job.refuse_cold and adapter is not None:
-            decision = self._without_load(job, adapter, decision)
+        decision = self._decide(job, now)
         worker = decision.worker
         if worker is None:
             self._observer.waits(job, decision)
@@ -741,6 +485,8 @@ class Router:
         if job.prefix:
             cached_tokens = fleet.prefixes.cached_tokens(adapter, job.prefix).get(worker.id, 0)
         slot, begin = fleet.reserve(worker, adapter, job.tenant)
+        if slot is not None and slot.users == 1 and not fleet.tenants.alone:
+            self._headroom.keep(worker)
         context_tokens = fleet.begin_work(worker, job, cached_tokens, now)
         if slot is None:
             use = NO_ADAPTER
@@ -752,72 +498,14 @@ class Router:
         self._observer.decided(job, decision, evicting)
         if begin:
             assert slot is not None
-            self._begin_load(worker, slot)
+            self._loads.begin(worker, slot)
         return Grant(worker, slot, use, decision, context_tokens, job.tenant)
 
     def _release(self, grant: Grant) -> None:
         self.fleet.release(grant.worker, grant.slot, grant.tenant)
+        self._headroom.released(grant.worker)
         self.fleet.end_work(grant.worker, grant.context_tokens)
         self._drain(grant.worker)
-
-    # Residency.
-
-    def _begin_load(self, worker: Worker, slot: Slot) -> None:
-        victim = slot.victim.adapter if slot.victim else None
-        now = self.loop.time()
-        tier = self.fleet.tier(worker, slot.adapter)
-        slot.ready_at = now + self.fleet.learned.load_s(tier)
-        task = self.loop.create_task(self._loader.load(worker, slot.adapter, victim))
-        self._loads[worker.id, slot] = task
-        # A callback, not an await around it: it runs for a task cancelled before its start too.
-        task.add_done_callback(partial(self._load_ended, worker, slot, now, tier))
-
-    def _load_ended(
-        self, worker: Worker, slot: Slot, started: float, tier: Tier, task: asyncio.Task[int]
-    ) -> None:
-        error: LoadError | None
-        if task.cancelled():
-            reason = (
-                "the router is shutting down" if self._closed else f"worker {worker.id} is gone"
-            )
-            error = LoadError(LoadFault.WORKER, f"{reason}: the load of {slot.adapter.name} ended")
-        elif (failure := task.exception()) is None:
-            error = None
-        elif isinstance(failure, LoadError):
-            error = failure
-        else:  # whatever it was, the slot must not stay promised
-            error = LoadError(LoadFault.WORKER, f"{type(failure).__name__}: {failure}")
-        now = self.loop.time()
-        load_s = now - started
-        if error is None:
-            self.fleet.stage(slot.adapter)
-            self.fleet.learned.loaded(tier, load_s)
-            slot.reload_s = load_s
-            evicted = self.fleet.finish_load(worker, slot, task.result(), now)
-            if evicted is not None:
-                self._observer.evicted(worker, evicted.adapter)
-        else:
-            slot.error = error
-            self.fleet.fail_load(worker, slot)
-            if self._replicas is not None:
-                self._replicas.failed(slot.adapter)
-        del self._loads[worker.id, slot]
-        self._observer.load_ended(worker, slot.adapter, load_s, error)
-        slot.wake()
-        # A slot may have fallen idle, or be free again.
-        self._drain(worker)
-
-    async def _resident(self, grant: Grant) -> None:
-        """Wait until the load that is under way has ended; raise what it raised."""
-        slot = grant.slot
-        assert slot is not None
-        if slot.phase is LOADING:
-            waiter: asyncio.Future[None] = self.loop.create_future()
-            slot.waiters.append(waiter)
-            await waiter
-        if slot.error is not None:
-            # A new exception for each who waited: a shared one would gather all their tracebacks.
-            raise LoadError(slot.error.fault, str(slot.error), grant.worker.id)
 
     # Adapters before they are asked for.
 

@@ -71,8 +71,8 @@ class Service(Protocol):
     closing: bool
     connections: "dict[ClientConnection, None]"
 
-    def accepts(self, headers: dict[str, str]) -> bool:
-        """Whether the headers carry a key, if one is needed."""
+    def accepts(self, request: Request) -> bool:
+        """Whether the request carries a key, if one is needed."""
 
     def lost(self, connection: "ClientConnection") -> None:
         """A connection is gone, or the application's."""
@@ -198,8 +198,7 @@ class ClientConnection:
 
     def _read_on(self, data: bytes) -> None:
         """Read the body of a request that asked for another protocol too: its parser leaves it."""
-        headers = self._request.headers
-        length = headers.get("content-length")
+        length = self._request.get(b"content-length")
         framing = "transfer-encoding: chunked" if length is None else f"content-length: {length}"
         self._parser = HttpRequestParser(self)
         self._skipping = True
@@ -264,9 +263,7 @@ class ClientConnection:
         request = self._request
         if request.arrived:
             return
-        key, text = name.decode("latin-1").lower(), value.decode("latin-1")
-        request.fields.append((key, text))
-        request.headers.setdefault(key, text)
+        request.add(name, value)
 
     def on_headers_complete(self) -> None:
         """The head is whole: say at once what is wrong with it."""
@@ -274,15 +271,14 @@ class ClientConnection:
             return
         request, parser = self._request, self._parser
         assert parser is not None
-        headers = request.headers
         self._unaccounted = 0
         request.arrived = self._loop.time()
-        request.method = parser.get_method().decode()
+        request.method = parser.get_method()
         version = parser.get_http_version()
         request.http_1_0 = version == "1.0"
         request.keep_alive = parser.should_keep_alive() and not request.http_1_0
-        given = headers.get("x-request-id", "")
-        request.id = given if REQUEST_ID.fullmatch(given) else self._new_id()
+        given = request.get(b"x-request-id")
+        request.id = given if given and REQUEST_ID.fullmatch(given) else self._new_id()
         if version not in VERSIONS:
             self._fail(ApiError(505, "This is not HTTP/1.1, nor HTTP/1.0."))
         try:
@@ -291,13 +287,13 @@ class ClientConnection:
             self._fail(ApiError(400, "The request's target is no path."))
         request.path = (url.path or b"/").decode("latin-1")
         request.query = (url.query or b"").decode("latin-1")
-        if request.path.startswith(PASSED_ON) and not self._service.accepts(headers):
+        if request.path.startswith(PASSED_ON) and not self._service.accepts(request):
             self._fail(unauthorized())
         limit = self._body_limit()
-        if int(headers.get("content-length", 0)) > limit:
+        if int(request.get(b"content-length") or 0) > limit:
             self._fail(too_large(limit))
         self._reading = Reading.BODY
-        self._expects = "expect" in headers and not request.http_1_0
+        self._expects = request.get(b"expect") is not None and not request.http_1_0
         if not self._busy:
             self._be_patient()
             self._tell_to_go_on()
@@ -344,7 +340,7 @@ class ClientConnection:
         request = self._request
         assert self._parser is not None
         if self._parser.should_upgrade() and (
-            "transfer-encoding" in request.headers or int(request.headers.get("content-length", 0))
+            request.get(b"transfer-encoding") or int(request.get(b"content-length") or 0)
         ):
             return  # its body follows, see `_read_on`
         request.body = self._body if self._pieces is None else bytes(self._pieces)
@@ -375,7 +371,7 @@ class ClientConnection:
     async def _serve(self, request: Request) -> None:
         """Answer a request that is passed on, whatever happens."""
         try:
-            encoding = request.headers.get("content-encoding")
+            encoding = request.get(b"content-encoding")
             if encoding is not None:
                 request.body = unpacked(request.body, encoding, self._service.max_body_bytes)
             follows = await self._service.pass_on(request, self)

@@ -8,12 +8,13 @@ import asyncio
 import logging
 import re
 import time
+from functools import lru_cache
 from typing import Final
 
 from router.adapters.store import StoreError
 from router.config import RouterConfig
 from router.core.job import AdapterRef, Job, LoadError, LoadFault, Outcome, Rejected
-from router.core.router import Lease
+from router.core.lease import Lease
 from router.frontend.errors import ApiError, load_failed, model_not_found, rejected
 from router.frontend.head import BYTES_PER_TOKEN, Head
 from router.frontend.prefix import prefix_of
@@ -30,11 +31,13 @@ log = logging.getLogger("lorayard.frontend")
 
 SEGMENT: Final = re.compile(r"[A-Za-z0-9_.-]+")
 SESSION_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
+PATHS_MAX: Final = 256
 REFUSED_FROM: Final = 400
 FAILED_FROM: Final = 500
 
 
-def worker_path(path: str, query: str) -> str | None:
+@lru_cache(maxsize=PATHS_MAX)
+def worker_path(path: str, query: str) -> bytes | None:
     """The path and query to ask a worker for, or None where no route can be meant.
 
     A worker has routes that are not for clients, so nothing may be left that some later reader could
@@ -43,7 +46,7 @@ def worker_path(path: str, query: str) -> str | None:
     segments = path.split("/")
     if not all(SEGMENT.fullmatch(segment) and segment not in {".", ".."} for segment in segments):
         return None
-    return f"/v1/{path}?{query}" if query else f"/v1/{path}"
+    return (f"/v1/{path}?{query}" if query else f"/v1/{path}").encode("latin-1")
 
 
 class Exchange:
@@ -73,7 +76,7 @@ class Exchange:
         self,
         request: Request,
         client: Client,
-        path: str,
+        path: bytes,
         head: Head,
         terms: Terms,
         model: ModelService,
@@ -113,7 +116,7 @@ class Exchange:
         )
         self._recording: Recording | None = None
         if recorder is not None:
-            session_id = request.headers.get("x-session-id", "")
+            session_id = request.get(b"x-session-id") or ""
             self._recording = recorder.begin(
                 self._job,
                 model.model_id,
@@ -229,19 +232,17 @@ class Exchange:
         adapter = job.adapter
         version = adapter.version if adapter else ""
         own = client.upstreams.headers
-
-        def passage() -> Passage:
-            return Passage(
-                self._client,
-                chunked=not request.http_1_0,
-                last=self._last,
-                stamps=f"x-request-id: {request.id}\r\n{self._stamps}".encode(),
-                adapter=adapter.model_id.encode() if adapter else b"",
-                answer=answer,
-                on_first_byte=self._first_byte,
-                on_first_token=lease.first_token,
-            )
-
+        passage = Passage(
+            self._client,
+            self._loop,
+            chunked=not request.http_1_0,
+            last=self._last,
+            stamps=f"x-request-id: {request.id}\r\n{self._stamps}".encode(),
+            adapter=adapter.model_id.encode() if adapter else b"",
+            answer=answer,
+            on_first_byte=self._first_byte,
+            on_first_token=lease.first_token,
+        )
         try:
             if adapter is not None:
                 await client.activate(adapter)

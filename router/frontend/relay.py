@@ -29,9 +29,7 @@ NOT_FOUND: Final = 404
 MODEL_MISSING: Final = b"does not exist"  # vLLM: "The model `base:adapter` does not exist."
 # Not an answer to this request, but a worker that cannot serve or does not know its router.
 WORKERS_FAULT: Final = frozenset({401, 403, 502, 503})
-NOT_RETURNED: Final = frozenset(
-    name.encode() for name in HOP_BY_HOP | {"server", "x-request-id", "x-worker", "x-adapter"}
-)
+NOT_RETURNED: Final = HOP_BY_HOP | {b"server", b"x-request-id", b"x-worker", b"x-adapter"}
 STATUS_LINES: Final = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
 }
@@ -69,13 +67,14 @@ class Passage:
     """
 
     __slots__ = (
-        "_adapter", "_answer", "_chunked", "_client", "_content", "_head", "_held", "_last",
+        "_adapter", "_answer", "_chunked", "_client", "_content", "_head", "_held", "_last", "_loop",
         "_on_first_byte", "_on_first_token", "_stamps", "_started", "_status", "closes", "over",
     )  # fmt: skip
 
     def __init__(
         self,
         client: Client,
+        loop: asyncio.AbstractEventLoop,
         *,
         chunked: bool,
         last: bool,
@@ -86,6 +85,7 @@ class Passage:
         on_first_token: Callable[[], None],
     ) -> None:
         self._client = client
+        self._loop = loop
         self._chunked = chunked
         self._last = last
         self._stamps = stamps
@@ -99,7 +99,11 @@ class Passage:
         self._content: list[bytes] | None = None  # what is to be sent without its framing
         self._started = False  # bytes have gone to the client
         self.closes = last
-        self.over: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.over: asyncio.Future[int] = loop.create_future()
+
+    def again(self) -> None:
+        """Nothing has come, and it is asked for once more."""
+        self.over = self._loop.create_future()
 
     def head(self, status: int, headers: list[tuple[bytes, bytes]], length: int | None) -> None:
         """The answer begins."""
@@ -198,7 +202,7 @@ class Passage:
 
 
 async def relay(
-    passage: Callable[[], Passage],
+    passage: Passage,
     client: Client,
     pool: UpstreamPool,
     request: Callable[[], tuple[bytes, bytes]],
@@ -218,21 +222,21 @@ async def relay(
     while True:
         if upstream is None:
             upstream = await pool.connect()
-        one = passage()
         client.upstream = upstream
         upstream.ask(
-            one,
+            passage,
             *request(),
             first_byte_timeout_s=first_byte_timeout_s,
             idle_timeout_s=idle_timeout_s,
         )
         try:
-            return await one.over, one.closes
+            return await passage.over, passage.closes
         except StaleConnectionError:
             upstream = None
+            passage.again()
         except asyncio.CancelledError:
             # Its answer may have ended in the meantime, and the connection be another's.
-            if one.over.cancelled() or not one.over.done():
+            if passage.over.cancelled() or not passage.over.done():
                 upstream.abandon()
                 client.upstream = None
             raise

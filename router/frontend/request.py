@@ -11,18 +11,20 @@ PASSED_ON: Final = "/v1/"
 # Of one connection alone (RFC 9110, 7.6.1), or rewritten on the way.
 HOP_BY_HOP: Final = frozenset(
     {
-        "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
-        "te", "trailer", "transfer-encoding", "upgrade", "expect",
+        b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization",
+        b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"expect",
     }
 )  # fmt: skip
+TERMS: Final = frozenset(name.encode() for name in terms.HEADERS)
+VERSION: Final = VERSION_HEADER.lower().encode()
 # The client's key, cookies and terms are for us, the worker's token is its connection's own; the body
 # was read whole and unpacked, so its length and encoding are new.
-NOT_FORWARDED: Final = HOP_BY_HOP | terms.HEADERS | {
-    "host", "authorization", "x-api-key", "api-key", "cookie", "content-length",
-    "content-encoding", "accept-encoding", "x-request-id", VERSION_HEADER.lower(),
+NOT_FORWARDED: Final = HOP_BY_HOP | TERMS | {
+    b"host", b"authorization", b"x-api-key", b"api-key", b"cookie", b"content-length",
+    b"content-encoding", b"accept-encoding", b"x-request-id", VERSION,
 }  # fmt: skip
 # All that our own pages read; whatever else there is could only be refused.
-FOR_APPLICATION: Final = frozenset({"authorization", "x-api-key"})
+FOR_APPLICATION: Final = frozenset({b"authorization", b"x-api-key"})
 # zlib's names for a gzip header and trailer, and for either of what is called deflate.
 WINDOW: Final = {
     "gzip": 16 + zlib.MAX_WBITS,
@@ -32,25 +34,25 @@ WINDOW: Final = {
 
 
 class Request:
-    """One request, whole. `headers` have lower-case names; of one that is repeated, the first counts.
+    """One request, whole. `fields` are its headers as they came, names in lower case.
 
     `target` is what stands in the request line, `path` and `query` its parts, still quoted.
     `arrived` is the loop's time at the end of its head.
     """
 
     __slots__ = (
-        "arrived", "body", "fields", "headers", "http_1_0", "id", "keep_alive", "method", "path",
+        "_first", "arrived", "body", "fields", "http_1_0", "id", "keep_alive", "method", "path",
         "query", "target",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.id = ""
-        self.method = ""
+        self.method = b""
         self.target = b""
         self.path = ""
         self.query = ""
-        self.fields: list[tuple[str, str]] = []
-        self.headers: dict[str, str] = {}
+        self.fields: list[tuple[bytes, bytes]] = []
+        self._first: dict[bytes, bytes] = {}
         self.body = b""
         self.arrived = 0.0
         self.http_1_0 = False
@@ -59,36 +61,61 @@ class Request:
     @property
     def passed_on(self) -> bool:
         """Whether it is for a worker; every other one is answered here."""
-        return self.method == "POST" and self.path.startswith(PASSED_ON)
+        return self.method == b"POST" and self.path.startswith(PASSED_ON)
 
-    def for_worker(self, path: str, version: str, own: bytes) -> bytes:
+    def add(self, name: bytes, value: bytes) -> None:
+        """Take in a header."""
+        name = name.lower()
+        self.fields.append((name, value))
+        self._first.setdefault(name, value)
+
+    def get(self, name: bytes) -> str | None:
+        """A header's value; of one that is repeated, the first counts."""
+        value = self._first.get(name)
+        return None if value is None else value.decode("latin-1")
+
+    def headers(self) -> dict[str, str]:
+        """All of them, for those who look for many."""
+        return {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in self._first.items()
+        }
+
+    @property
+    def has_terms(self) -> bool:
+        """Whether one of its headers is of `terms.py`."""
+        return not TERMS.isdisjoint(self._first)
+
+    def for_worker(self, path: bytes, version: str, own: bytes) -> bytes:
         """The head that a worker gets: our connection's `own` lines, what the client's say, our id.
 
         `version` names the adapter version that is meant, if one is.
         """
-        named = self.headers.get("connection")
         dropped = NOT_FORWARDED
+        named = self._first.get(b"connection")
         if named is not None:
-            dropped = dropped | {name.strip().lower() for name in named.split(",")}
-        lines = [f"POST {path} HTTP/1.1\r\n"]
-        lines += [f"{name}: {value}\r\n" for name, value in self.fields if name not in dropped]
-        lines.append(f"x-request-id: {self.id}\r\ncontent-length: {len(self.body)}\r\n")
+            dropped = dropped | {name.strip().lower() for name in named.split(b",")}
+        lines = [b"POST %b HTTP/1.1\r\n%b" % (path, own)]
+        lines += [b"%b: %b\r\n" % field for field in self.fields if field[0] not in dropped]
+        lines.append(
+            b"x-request-id: %b\r\ncontent-length: %d\r\n" % (self.id.encode(), len(self.body))
+        )
         if version:
-            lines.append(f"{VERSION_HEADER}: {version}\r\n")
-        return b"".join(("".join(lines).encode("latin-1"), own, b"\r\n"))
+            lines.append(b"%b: %b\r\n" % (VERSION, version.encode()))
+        lines.append(b"\r\n")
+        return b"".join(lines)
 
     def forget(self) -> None:
         """Let go of what only sending it takes: its answer may last for long, its connection longer."""
         self.body = b""
         self.fields = []
-        self.headers = {}
+        self._first = {}
 
     def for_application(self) -> bytes:
         """What a page needs of its head, as the last one on its connection. None takes a body."""
-        lines = [f"{self.method} {self.target.decode('latin-1')} HTTP/1.1\r\nhost: router\r\n"]
-        lines += [f"{name}: {value}\r\n" for name, value in self.fields if name in FOR_APPLICATION]
-        lines.append(f"x-request-id: {self.id}\r\nconnection: close\r\n\r\n")
-        return "".join(lines).encode("latin-1")
+        lines = [b"%b %b HTTP/1.1\r\nhost: router\r\n" % (self.method, self.target)]
+        lines += [b"%b: %b\r\n" % field for field in self.fields if field[0] in FOR_APPLICATION]
+        lines.append(b"x-request-id: %b\r\nconnection: close\r\n\r\n" % self.id.encode())
+        return b"".join(lines)
 
 
 def unpacked(body: bytes, encoding: str, limit: int) -> bytes:

@@ -85,9 +85,9 @@ class Frontend:
         """Requests that are being passed on."""
         return self._in_flight
 
-    def accepts(self, headers: dict[str, str]) -> bool:
-        """Whether the headers carry a key, if one is needed."""
-        return self._keys.accept(headers)
+    def accepts(self, request: Request) -> bool:
+        """Whether the request carries a key, if one is needed."""
+        return not self._keys or self._keys.accept(request.headers())
 
     def lost(self, connection: ClientConnection) -> None:
         """A connection is gone, or the application's."""
@@ -110,7 +110,9 @@ class Frontend:
             path = worker_path(route, request.query)
             if path is None:
                 raise ApiError(404, f"No route {request.path}.")
-            terms = self._terms.read(request.headers)
+            terms = self._terms.usual
+            if request.has_terms:
+                terms = self._terms.read(request.headers())
             head = parse_head(request.body)
             model, adapter = await self._models.resolve(head.model)
             exchange = Exchange(

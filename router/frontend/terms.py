@@ -45,14 +45,14 @@ class TermsReader:
 
     def __init__(self, config: RouterConfig) -> None:
         self._tenants: dict[str, TenantConfig] = {one.name: one for one in config.tenants}
-        self._usual = Terms(deadline_s=config.ttft_deadline_s)
+        self.usual = Terms(deadline_s=config.ttft_deadline_s)
 
     def read(self, headers: Mapping[str, str]) -> Terms:
         """The terms of one request, its headers' names in lower case. Raises `ApiError` 400."""
         if HEADERS.isdisjoint(headers):
-            return self._usual
+            return self.usual
         tenant = self._tenants.get(headers.get(TENANT, ""))
-        deadline_s = self._usual.deadline_s
+        deadline_s = self.usual.deadline_s
         if (text := headers.get(DEADLINE)) is not None:
             deadline_s = _deadline_ms(text) / 1000
         priority = 0 if tenant is None else tenant.priority

@@ -5,12 +5,11 @@ counted by the blank line that ends each (a token's text holds none, since JSON 
 `\n`), and its last few KiB are kept: `usage` is in the last event, where the client asked for it.
 """
 
-import json
 import re
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
-import msgspec
+from router.telemetry.usage import Usage, read_usage
 
 TAIL_BYTES: Final = 4096
 TAIL_MAX_BYTES: Final = TAIL_BYTES * 3 // 2  # then it is cut to that: each stream holds one
@@ -20,25 +19,19 @@ DONE: Final = b"data: [DONE]"  # the last event of OpenAI's streams carries no t
 USAGE: Final = b'"usage"'  # cannot stand in generated text: there JSON escapes the quotes
 # Null in all events but the last; servers differ in the white space.
 OBJECT: Final = re.compile(rb'"usage"\s*:\s*\{')
-_decode: Final = json.JSONDecoder().raw_decode
-
-
-class Usage(msgspec.Struct, frozen=True):
-    """The engine's own count of tokens; None where it does not say."""
-
-    input_tokens: int | None
-    output_tokens: int | None
 
 
 class Answer:
     """One answer on its way to a client. `clock` gives the times, in seconds."""
 
-    __slots__ = ("_clock", "_events", "_tail", "first_byte_at", "streamed")
+    __slots__ = ("_clock", "_events", "_read", "_tail", "_usage", "first_byte_at", "streamed")
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._tail: bytes | bytearray = b""
         self._events = 0
+        self._usage: Usage | None = None
+        self._read = (-1, -1)  # how far the answer had come when its usage was read
         self.streamed = False
         self.first_byte_at: float | None = None  # of a stream its body's, else its head's
 
@@ -76,29 +69,17 @@ class Answer:
 
     def usage(self) -> Usage | None:
         """The engine's count, from the end of what has passed; None where it is not there."""
+        come = (self._events, len(self._tail))
+        if come != self._read:
+            self._usage, self._read = self._find_usage(), come
+        return self._usage
+
+    def _find_usage(self) -> Usage | None:
         tail = self._tail
         end = len(tail)
         while (start := tail.rfind(USAGE, 0, end)) >= 0:
             found = OBJECT.match(tail, start)
             if found:
-                text = bytes(tail[found.end() - 1 : found.end() + TAIL_BYTES])
-                return _usage(text.decode(errors="replace"))
+                return read_usage(bytes(tail[found.end() - 1 : found.end() + TAIL_BYTES]))
             end = start
         return None
-
-
-def _usage(text: str) -> Usage | None:
-    """The object that a text begins with, in OpenAI's words (chat, completions) or (responses)."""
-    try:
-        said, _ = _decode(text)
-    except (ValueError, RecursionError):
-        return None
-    given = _count(said.get("prompt_tokens", said.get("input_tokens")))
-    made = _count(said.get("completion_tokens", said.get("output_tokens")))
-    if made is None and given is not None and _count(said.get("total_tokens")) == given:
-        made = 0  # embeddings generate nothing, and do not say so
-    return Usage(given, made)
-
-
-def _count(value: Any) -> int | None:  # noqa: ANN401  (a worker may say anything)
-    return value if type(value) is int and value >= 0 else None

@@ -7,7 +7,7 @@ An adapter's name is a label only of adapters that are in the store, and of no m
 import logging
 from collections.abc import Iterable, Iterator
 from random import Random
-from typing import Any, Final
+from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -18,6 +18,7 @@ from router.core.fleet import Worker
 from router.core.job import AdapterRef, AdapterUse, Job, LoadError, Outcome
 from router.core.placement import Decision
 from router.core.router import Router
+from router.telemetry.tallies import Distribution, Tally
 
 explained = logging.getLogger("lorayard.explain")
 
@@ -28,29 +29,17 @@ SECONDS: Final = (
 )  # fmt: skip
 
 
-class Children(dict[tuple[str, ...], Any]):
-    """A metric's children by their labels: looked up at a tenth of what `labels()` costs a request."""
-
-    def __init__(self, metric: Counter | Histogram) -> None:
-        super().__init__()
-        self._metric = metric
-
-    def __missing__(self, labels: tuple[str, ...]) -> Any:  # noqa: ANN401  (a child is of its parent's type)
-        child = self[labels] = self._metric.labels(*labels)
-        return child
-
-
 class Metrics:
     """All metrics of one router process."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._adapters: dict[tuple[str, str], None] = {}
-        self.requests = Counter(
+        self.requests = Tally(
             "lorayard_requests",
             "Requests by the way in which they ended.",
             ("model", "outcome"),
-            registry=self.registry,
+            self.registry,
         )
         self.tenant_requests = Counter(
             "lorayard_tenant_requests",
@@ -64,23 +53,23 @@ class Metrics:
             ("model", "tenant"),
             registry=self.registry,
         )
-        self.adapter_requests = Counter(
+        self.adapter_requests = Tally(
             "lorayard_adapter_requests",
             "Requests for an adapter, by where it stood: hit, loading, cold.",
             ("model", "adapter", "use"),
-            registry=self.registry,
+            self.registry,
         )
-        self.decisions = Counter(
+        self.decisions = Tally(
             "lorayard_decisions",
             "Placements by their reason.",
             ("model", "reason"),
-            registry=self.registry,
+            self.registry,
         )
-        self.waits = Counter(
+        self.waits = Tally(
             "lorayard_waits",
             "Placements that found no worker, by the reason. One request may be tried several times.",
             ("model", "reason"),
-            registry=self.registry,
+            self.registry,
         )
         self.loads = Counter(
             "lorayard_adapter_loads",
@@ -114,20 +103,18 @@ class Metrics:
         self.load_s = self._histogram(
             "lorayard_adapter_load_seconds", "Decision to resident, of loads that succeeded."
         )
-        self.queue_s = self._histogram(
+        self.queue_s = self._distribution(
             "lorayard_queue_seconds", "Time that requests waited for capacity, of those that did."
         )
-        self.first_byte_s = self._histogram(
+        self.first_byte_s = self._distribution(
             "lorayard_first_byte_seconds", "Arrival to the first byte of the worker's answer."
         )
-        self.request_s = self._histogram(
+        self.request_s = self._distribution(
             "lorayard_request_seconds", "Arrival to the last byte of the answer."
         )
-        self._ended = Children(self.requests)
-        self._placed = Children(self.adapter_requests)
-        self._first_byte = Children(self.first_byte_s)
-        self._answered = Children(self.request_s)
-        self._queued = Children(self.queue_s)
+
+    def _distribution(self, name: str, text: str) -> Distribution:
+        return Distribution(name, text, ("model",), SECONDS, self.registry)
 
     def _histogram(self, name: str, text: str) -> Histogram:
         return Histogram(name, text, ("model",), buckets=SECONDS, registry=self.registry)
@@ -142,19 +129,19 @@ class Metrics:
 
     def ended(self, model: str, outcome: Outcome) -> None:
         """Count how a request ended."""
-        self._ended[model, outcome.value].inc()
+        self.requests.add((model, outcome))
 
     def queued(self, model: str, seconds: float) -> None:
         """A request has waited for capacity."""
-        self._queued[model,].observe(seconds)
+        self.queue_s.observe((model,), seconds)
 
     def first_byte(self, model: str, seconds: float) -> None:
         """The first byte of an answer has come, so long after its request."""
-        self._first_byte[model,].observe(seconds)
+        self.first_byte_s.observe((model,), seconds)
 
     def answered(self, model: str, seconds: float) -> None:
         """The last byte of an answer has gone, so long after its request."""
-        self._answered[model,].observe(seconds)
+        self.request_s.observe((model,), seconds)
 
     def retried(self, model: str) -> None:
         """A request goes to another worker because one failed."""
@@ -170,7 +157,7 @@ class Metrics:
         """Count a request for an adapter."""
         if job.adapter is not None:
             label = self._adapter_label(job.adapter)
-            self._placed[job.adapter.model, label, use.value].inc()
+            self.adapter_requests.add((job.adapter.model, label, use))
 
     def _adapter_label(self, adapter: AdapterRef) -> str:
         key = (adapter.model, adapter.name)
@@ -198,18 +185,17 @@ class RouterObserver:
         self._metrics = metrics
         self._model = model
         self._sample = explain_sample
-        self._decided = Children(metrics.decisions)
         self._rng = rng or Random()  # its own: placement draws as it would without the log
 
     def decided(self, job: Job, decision: Decision, evicting: AdapterRef | None) -> None:
         """Count the placement by its reason, and log it if it is drawn."""
-        self._decided[self._model, decision.reason.value].inc()
+        self._metrics.decisions.add((self._model, decision.reason))
         if self._sample and self._rng.random() < self._sample:
             explained.info("%s", in_one_line(job, decision, evicting))
 
     def waits(self, job: Job, decision: Decision) -> None:  # noqa: ARG002
         """Count the reason; how many wait is a gauge."""
-        self._metrics.waits.labels(self._model, decision.reason.value).inc()
+        self._metrics.waits.add((self._model, decision.reason))
 
     def load_ended(
         self,

@@ -23,7 +23,7 @@ from anyio import CapacityLimiter, to_thread
 
 from router.config import RecordConfig
 from router.core.job import AdapterUse, Job, Outcome
-from router.core.router import Lease
+from router.core.lease import Lease
 from router.telemetry.answer import Answer
 from router.telemetry.metrics import Metrics
 from router.telemetry.record_file import MIB, RecordFile, RowSink, Stop

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 from fleets import W, fleet_of
 from harness import ref
+from hypothesis import given
+from hypothesis import strategies as st
 
 from router.core.fleet import Fleet, Report
 from router.core.job import Job, Prefix
@@ -152,3 +154,30 @@ def test_in_a_large_fleet_the_last_slot_is_found() -> None:
     busy = W(1, ("b",), ("b",), slots=1)
     fleet = fleet_of(*[busy] * 60, W(0), *[busy] * 40)
     assert chosen(place(fleet)) == "w60"
+
+
+def test_in_a_large_fleet_whose_slots_are_all_in_use_nobody_is_looked_at_for_nothing() -> None:
+    fleet = fleet_of(*[W(1, ("b",), ("b",), slots=1)] * 100)
+    decision = place(fleet)
+    assert (decision.worker, decision.reason) == (None, Reason.NO_SLOT)
+    assert len(decision.dropped) <= ALL_UP_TO
+
+
+STATES = {
+    "empty": W(0),
+    "idle": W(0, ("b",), slots=1),
+    "in use": W(1, ("b",), ("b",), slots=1),
+    "holder": W(1, ("a", "c"), ("a", "c")),
+    "overloaded holder": W(4, ("a",), ("a",)),
+    "leaving": W(0, accepting=False),
+}
+
+
+@given(st.lists(st.sampled_from(sorted(STATES)), max_size=3 * ALL_UP_TO), st.integers(0, 9))
+def test_in_a_fleet_of_any_size_a_job_waits_only_where_nobody_can_take_it(
+    states: list[str], seed: int
+) -> None:
+    fleet = fleet_of(*(STATES[state] for state in states))
+    decision = Cost(Random(seed)).place(Job("1", ref("a"), prompt_tokens=500), fleet, 0.0)
+    able = [worker for worker in fleet.ready if worker.can_serve(ref("a"))]
+    assert decision.worker in able if able else decision.worker is None

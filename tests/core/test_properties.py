@@ -99,11 +99,23 @@ def check(cluster: Cluster, workers: list[Worker]) -> None:
     for name in NAMES:
         for worker in fleet.holders(ref(name)):
             assert worker.slots.get(ref(name)) is not None, "a holder that holds nothing"
+    for adapter in (None, *map(ref, NAMES)):
+        holders = fleet.holders(adapter) if adapter else ()
+        reach = [
+            worker
+            for worker in fleet.ready
+            if adapter is None or worker in holders or worker.slots.idle or worker.slots.free > 0
+        ]
+        assert list(fleet.within_reach(adapter)) == reach
+        for worker in fleet.ready:
+            assert worker in reach or not worker.can_serve(adapter), "out of reach, and can serve"
     queue = cluster.router._queue
     waiting = list(queue)
     assert len(waiting) == len(queue) <= MAX_QUEUED
     tags = [(waiter.tag, waiter.seq) for waiter in waiting]
     assert tags == sorted(tags)
+    tenants = Counter(waiter.job.tenant for waiter in waiting)
+    assert {tenant: queue.waiting_of(tenant) for tenant in tenants} == tenants
     for waiter in waiting:
         # As the policy that the router has: it may know of arrivals, or have a plan.
         decision = cluster.policy.place(waiter.job, fleet, cluster.router.loop.time())
@@ -235,5 +247,7 @@ def test_invariants_hold_after_every_event(
         for worker in everyone:
             assert worker.in_flight == 0, "a lease was not released"
             assert all(slot.users == 0 for slot in worker.slots)
+            if cluster.router.fleet.get(worker.id) is worker:
+                assert worker.slots.closed is None, "a slot was closed and is not open again"
 
     simulate(main())

@@ -280,6 +280,28 @@ def test_a_quota_is_reserved_settled_and_given_back() -> None:
     simulate(main())
 
 
+@pytest.mark.parametrize("avoid", [(), ("w0",)])
+def test_a_retry_is_no_second_request_and_reserves_its_tokens_once(avoid: tuple[str, ...]) -> None:
+    """Whatever the cause: a worker that failed, or an adapter that has changed in the store."""
+
+    async def main() -> None:
+        quota = Quota(requests_per_minute=2, tokens_per_minute=1000)
+        cluster = Cluster(quotas={"team": quota})
+        job = cluster.job(tenant="team", prompt_tokens=300, max_output_tokens=100)
+        for _ in range(3):
+            with pytest.raises(RuntimeError):
+                async with cluster.router.lease(job):
+                    raise RuntimeError("the worker failed")
+            job.avoid = avoid
+        async with cluster.router.lease(job) as lease:
+            lease.answered(100)
+        await cluster.use(None, tenant="team", prompt_tokens=500, max_output_tokens=100)
+        with pytest.raises(Rejected, match="over its quota"):
+            await cluster.use(None, tenant="team")
+
+    simulate(main())
+
+
 def test_a_full_queue_turns_away_who_comes_last_by_share() -> None:
     """Who floods fills the queue, but cannot keep out who asks for less than its share."""
 
@@ -323,6 +345,35 @@ def test_what_would_miss_its_deadline_is_turned_away_early() -> None:
     simulate(main())
 
 
+def test_a_flood_in_the_queue_does_not_have_another_tenant_turned_away() -> None:
+    """By its tag it would come last, since it was served without waiting; by its share it is next."""
+
+    async def main() -> None:
+        cluster = Cluster(workers=1, max_ongoing=2, max_queued=100)
+        tasks = [
+            cluster.start(cluster.use(None, hold_s=1, tenant="flood", prompt_tokens=1))
+            for _ in range(80)
+        ]
+        await asyncio.sleep(33.5)  # two a second are served: that is known now
+        before = cluster.use(None, tenant="polite", prompt_tokens=10**6, priority=3)
+        tasks.append(cluster.start(before))  # its tag is far behind those of all others
+        await settle()
+        now = cluster.router.loop.time()
+        for deadline_s, turned_away in ((3.0, False), (0.4, True)):
+            deadline = now + deadline_s
+            job = cluster.use(None, tenant="polite", prompt_tokens=1, priority=3, deadline=deadline)
+            task = cluster.start(job)
+            await settle()
+            assert task.done() == turned_away
+            tasks.append(task)
+        assert cluster.router.queued > 2 * 3, "by the queue's order it would be late"
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    simulate(main())
+
+
 def test_pins_are_loaded_kept_and_let_go() -> None:
     async def main() -> None:
         cluster = Cluster(workers=1, slots=2, policy="cost")
@@ -334,6 +385,29 @@ def test_pins_are_loaded_kept_and_let_go() -> None:
         for name in "abc":
             await cluster.use(name)
         assert "kept" not in cluster.resident(0)
+        cluster.assert_at_rest()
+
+    simulate(main())
+
+
+def test_a_pin_that_cannot_be_loaded_is_tried_ever_less_often() -> None:
+    async def main() -> None:
+        failure = LoadError(LoadFault.ADAPTER_INVALID, "bad")
+        loader = FakeLoader(0.0, fails=lambda a: failure if a.name == "bad" else None)
+        cluster = Cluster(workers=1, slots=2, policy="cost", loader=loader)
+        cluster.router.pin(ref("bad"), pinned=True)
+        tries = []
+        for _ in range(300):
+            await cluster.use("a", hold_s=1)
+            tries.append(sum(name == "bad" for _, name, _ in loader.calls))
+        assert tries[9] in (3, 4)
+        assert tries[63] in (6, 7)
+        assert tries[-1] - tries[-121] in (1, 2, 3), "at most once a minute at last"
+        loader.fails = lambda _: None
+        for _ in range(90):
+            await cluster.use("a", hold_s=1)
+        assert "bad" in cluster.resident(0)
+        cluster.router.pin(ref("bad"), pinned=False)
         cluster.assert_at_rest()
 
     simulate(main())
@@ -664,6 +738,30 @@ def test_who_needs_much_memory_gets_it_under_a_load_of_small_ones() -> None:
             await asyncio.sleep(0.04)
         assert big.done()
         await asyncio.gather(big, *tasks)
+        cluster.assert_at_rest()
+
+    simulate(main())
+
+
+def test_who_refuses_a_load_waits_for_memory_where_its_adapter_is() -> None:
+    """Another worker has memory and not the adapter; this one the adapter, and no memory for long."""
+
+    async def main() -> None:
+        cluster = Cluster(workers=2, max_ongoing=400, policy="cost")  # one holder is enough
+        here, other = cluster.workers
+        assert await cluster.use("a") == here.id
+        other.kv_tokens, here.kv_tokens = 1_000_000, 10_000
+        small: dict[str, Any] = {"prompt_tokens": 2000, "max_output_tokens": 100}
+        tasks = []
+        for number in range(40):
+            tasks.append(cluster.start(cluster.use("a", 2, refuse_cold=True, **small)))
+            if number == 10:
+                big = cluster.use("a", refuse_cold=True, prompt_tokens=7000, max_output_tokens=100)
+                tasks.append(cluster.start(big))
+            await asyncio.sleep(0.2)
+            assert here.context_tokens <= here.kv_tokens
+        assert tasks[11].done(), "and those that need little do not keep it out"
+        assert {await task for task in tasks} == {here.id}
         cluster.assert_at_rest()
 
     simulate(main())

@@ -33,7 +33,8 @@ from plane import (
 )
 
 from router.frontend.relay import Passage
-from router.telemetry.answer import Answer, Usage
+from router.telemetry.answer import Answer
+from router.telemetry.usage import Usage
 from router.workers.upstream import (
     HEAD_MAX_BYTES,
     Upstream,
@@ -225,7 +226,8 @@ def test_in_whatever_reads_an_answer_comes_it_is_passed_on_to_the_byte_and_count
         upstream = Upstream(pool, asyncio.get_running_loop())
         upstream.connection_made(line)  # type: ignore[arg-type]
         passage = Passage(
-            client, chunked=not old, last=old, stamps=b"x-worker: w\r\n", adapter=b"", answer=shown,
+            client, asyncio.get_running_loop(), chunked=not old, last=old,
+            stamps=b"x-worker: w\r\n", adapter=b"", answer=shown,
             on_first_byte=lambda: None, on_first_token=lambda: None,
         )  # fmt: skip
         client.upstream = upstream
@@ -794,7 +796,8 @@ async def test_a_connection_that_is_lost_before_it_is_asked_fails(
     upstream.connection_made(Line())  # type: ignore[arg-type]
     upstream.connection_lost(None)
     passage = Passage(
-        Told(), chunked=True, last=False, stamps=b"", adapter=b"", answer=Answer(lambda: 1.0),
+        Told(), asyncio.get_running_loop(), chunked=True, last=False, stamps=b"",
+        adapter=b"", answer=Answer(lambda: 1.0),
         on_first_byte=lambda: None, on_first_token=lambda: None,
     )  # fmt: skip
     upstream.ask(passage, b"", b"", first_byte_timeout_s=9, idle_timeout_s=9)

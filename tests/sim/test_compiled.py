@@ -20,6 +20,7 @@ COMPILED = (
     "router.frontend.exchange",
     "router.frontend.relay",
     "router.frontend.request",
+    "router.frontend.service",
     "router.patience",
     "router.telemetry.answer",
     "router.workers.upstream",
@@ -59,11 +60,12 @@ def is_compiled(name: str) -> bool:
 
 
 def test_what_is_compiled_is_what_is_written() -> None:
+    # All code is in one library; a module's own file is a few lines that point to it.
+    built = max((lib.stat().st_mtime for lib in ROOT.glob("lorayard__mypyc*.so")), default=0.0)
     stale = []
     for name in COMPILED:
-        built = Path(str(importlib.import_module(name).__file__))
         source = ROOT.joinpath(*name.split(".")).with_suffix(".py")
-        if built.suffix != ".py" and built.stat().st_mtime < source.stat().st_mtime:
+        if is_compiled(name) and built < source.stat().st_mtime:
             stale.append(name)
     assert not stale, f"{', '.join(stale)}: changed since it was compiled; run `make install`"
 

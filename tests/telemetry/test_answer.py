@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.telemetry.answer import TAIL_BYTES, Answer, Usage
+from router.telemetry.answer import TAIL_BYTES, Answer
+from router.telemetry.usage import Usage
 
 EVENT = (
     b'data: {"choices": [{"delta": {"content": "data: \\n\\n \\"usage\\":{}"}}], "usage": null}\n\n'

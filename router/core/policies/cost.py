@@ -21,7 +21,8 @@ its deadline would be missed.
 Terms: predicted wait as in Llumnix and Mooncake; the batch's slowdown by its distinct adapters as in
 CaraServe's rank-aware scheduling; the residence time of an idle slot is Che's characteristic time.
 Pure: reads the fleet, changes nothing. Cost: O(candidates), which are the holders, those with the
-adapter in host memory and a few others; all only of a small fleet, or where none of those has room.
+adapter in host memory and a few others; all of a small fleet; and where none of those has room, who
+holds the adapter or has a slot to give: nobody where every slot is in use.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -68,6 +69,10 @@ class Cost(Policy):
         """When the prompts ahead are down to what keeps the engine busy."""
         return max(worker.busy_until - AHEAD_S, now)
 
+    def has_memory(self, job: Job, worker: Worker, fleet: Fleet) -> bool:
+        """Whether what runs there leaves enough for its context, and nobody waits for that."""
+        return not _Weighing(job, fleet, (), 0.0).lacks_memory(worker)
+
     def place(self, job: Job, fleet: Fleet, now: float) -> Decision:
         """Choose by the rule above."""
         adapter = job.adapter
@@ -85,7 +90,7 @@ class Cost(Policy):
             if drop is None:
                 cost = weighing.cost(worker, best_s)
                 considered.append(cost)
-                total_s = cost.total_s
+                total_s = weighing.total_s
                 if total_s < best_s:
                     best, best_s, least = worker, total_s, cost
                 continue
@@ -99,7 +104,7 @@ class Cost(Policy):
                 full = True
                 cost = weighing.cost(worker, full_s)
                 considered.append(cost)
-                full_s = min(full_s, cost.total_s)
+                full_s = min(full_s, weighing.total_s)
                 again_at = min(again_at, worker.busy_until - AHEAD_S)
         left_out, looked_at = tuple(dropped), tuple(considered)
         chosen = best or spare
@@ -133,7 +138,10 @@ class Cost(Policy):
             worker.ready_index >= 0 and worker.can_serve(job.adapter, job.tenant) for worker in able
         ):
             return able
-        return fleet  # those drawn have no room: rather look at all than say that nobody has
+        # Those drawn have no room: rather look at all that may have it than say that nobody has.
+        for worker in sorted(fleet.within_reach(job.adapter), key=_number):
+            chosen[worker.id] = worker
+        return chosen.values()
 
 
 class _Weighing:
@@ -155,6 +163,7 @@ class _Weighing:
         "per_token_s",
         "reload_s",
         "stay_s",
+        "total_s",
         "victim_stay_s",
     )
 
@@ -178,14 +187,18 @@ class _Weighing:
         self.reload_s = self.load_s = fleet.learned.load_s(DISK)
         if adapter is not None and not fleet.staged(adapter):
             self.load_s = fleet.learned.load_s(STORE)
+        self.total_s = 0.0  # of the worker that was looked at last
         self.victim_stay_s: float | None = None  # until somebody's victim needs it
 
-    def drop(self, worker: Worker) -> Drop | None:  # noqa: PLR0911  (one for each reason)
+    def drop(self, worker: Worker) -> Drop | None:
         """Why the worker is left out, if it is."""
         job, adapter = self.job, self.adapter
         if worker.ready_index < 0:
             return Drop.OVERLOADED if worker.accepting else Drop.NOT_ACCEPTING
-        if not worker.can_serve(adapter, job.tenant):
+        # `Worker.can_serve` written out.
+        places, tenant = worker.places, job.tenant
+        may = places.tenants.alone or places.may_open(tenant, worker.max_ongoing - worker.in_flight)
+        if not may or (adapter is not None and not worker.slots.can_serve(adapter, tenant)):
             return Drop.NO_SLOT
         if self.held and adapter is not None and _is_kept(worker.slots, adapter):
             return LAST_SLOT
@@ -193,15 +206,19 @@ class _Weighing:
             return Drop.AVOIDED
         if worker.busy_until - AHEAD_S > self.now:
             return SATURATED
+        return NO_MEMORY if self.lacks_memory(worker) else None
+
+    def lacks_memory(self, worker: Worker) -> bool:
+        """Whether the job's context does not fit there now, or the worker is kept for another."""
+        job = self.job
         if worker.kept_for is not None and worker.kept_for is not job:
-            return NO_MEMORY
-        if worker.kv_tokens and worker.in_flight:
-            need: float = job.prompt_tokens + self.output
-            if self.cached:
-                need = job.prompt_tokens - self.cached.get(worker.id, 0) + self.output
-            if worker.context_tokens + need > KV_SHARE * worker.kv_tokens:
-                return NO_MEMORY
-        return None
+            return True
+        if not worker.kv_tokens or not worker.in_flight:
+            return False
+        need: float = job.prompt_tokens + self.output
+        if self.cached:
+            need = job.prompt_tokens - self.cached.get(worker.id, 0) + self.output
+        return worker.context_tokens + need > KV_SHARE * worker.kv_tokens
 
     def cost(self, worker: Worker, bound_s: float) -> Considered:
         """The terms; without the harm where the others alone make it cost `bound_s`, or more."""
@@ -251,6 +268,8 @@ class _Weighing:
         # No term is negative, so what the sum of the others says, harm can only say more clearly.
         if victim and wait_s + load_s + prefill_s + decode_s + others_s + stay_s < bound_s:
             harm_s = self._harm_s(victim.adapter, running * stall_s)
+        # In the order in which `Considered.total_s` adds them, to the last bit.
+        self.total_s = wait_s + load_s + prefill_s + decode_s + others_s + harm_s + stay_s
         return Considered(
             worker.id,
             wait_s,
@@ -274,6 +293,10 @@ class _Weighing:
         soon = 1.0 - exp(-rate * stay_s)
         reload_s = self.reload_s + others_stall_s * OTHERS_WEIGHT
         return HARM_WEIGHT * soon * reload_s / max(1, fleet.holder_count(victim))
+
+
+def _number(worker: Worker) -> int:
+    return worker.number
 
 
 def _is_kept(slots: SlotCache, adapter: AdapterRef) -> bool:
