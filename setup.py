@@ -51,9 +51,7 @@ def extensions() -> list[Extension]:
     try:
         from mypyc.build import mypycify  # noqa: PLC0415  (it may not be there)
 
-        found: list[Extension] = mypycify(
-            [*MYPY, *COMPILED], group_name="lorayard", opt_level="3"
-        )
+        found: list[Extension] = mypycify([*MYPY, *COMPILED], group_name="lorayard", opt_level="3")
     except (Exception, SystemExit) as error:  # noqa: BLE001  (whatever it was, Python will do)
         tell(error)
         return []
