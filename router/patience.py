@@ -13,6 +13,10 @@ from typing import Final
 STEP_S: Final = 60.0
 
 
+def _nothing() -> None:
+    """It is over."""
+
+
 class Patience:
     """Calls `expired` once when `due`, a time of the loop, has come; `wait` begins again."""
 
@@ -49,8 +53,9 @@ class Patience:
             self._expired()
 
     def end(self) -> None:
-        """Never call again."""
-        self.due = inf
+        """Never call again, nor hold on to who is called."""
+        self.due = self._fires_at = inf
+        self._expired = _nothing
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -4,14 +4,16 @@ What is passed on to a worker (`POST /v1/...`) is served here. Every other reque
 the aiohttp application, which answers it as the last one on this connection.
 
 Nothing that a client sends is trusted: a head and a body have limits and must come in time, a second
-request that comes before the answer of the first waits and stops the reading, and what cannot be
-read is answered once, in OpenAI's shape, and ends the connection. A client that leaves ends its
-request at once, with all that was reserved for it.
+request that comes before the answer of the first waits and stops the reading, as does one whose client
+has yet to take the answers before, and what cannot be read is answered once, in OpenAI's shape, and
+ends the connection. A client that leaves ends its request at once, with all that was reserved for it.
 """
 
 import asyncio
 import logging
 import re
+import socket
+import struct
 from collections import deque
 from collections.abc import Callable
 from enum import Enum, auto
@@ -30,7 +32,7 @@ from httptools import (
 
 from router.frontend.errors import ApiError, too_large, unauthorized
 from router.frontend.relay import STATUS_LINES, AnswerCutError
-from router.frontend.request import Request, unpacked
+from router.frontend.request import PASSED_ON, Request, unpacked
 from router.patience import Patience
 from router.workers.upstream import Upstream
 
@@ -42,9 +44,14 @@ KEEPALIVE_S: Final = 75.0
 # After an answer that ends a connection, what the client still sends is taken in, for so long: were it
 # closed at once, the client would be told so before it has read the answer.
 LINGER_S: Final = 5.0
+# Whoever sends a body slower than one such block in `idle_timeout_s` is too slow.
+BLOCK_BYTES: Final = 64 * 1024
+# Requests that came together: one read holds no more than so many.
+WAITING_MAX: Final = 256
+RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER: what is not sent yet is dropped
+VERSIONS: Final = frozenset({"1.0", "1.1"})
 REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
-PASSED_ON: Final = "/v1/"
 
 
 class Reading(Enum):
@@ -67,6 +74,9 @@ class Service(Protocol):
     def accepts(self, request: Request) -> bool:
         """Whether the request carries a key, if one is needed."""
 
+    def lost(self, connection: "ClientConnection") -> None:
+        """A connection is gone, or the application's."""
+
     async def pass_on(self, request: Request, connection: "ClientConnection") -> bool:
         """Answer the request through `connection`; whether another may follow on it.
 
@@ -84,9 +94,9 @@ class ClientConnection:
     """
 
     __slots__ = (
-        "_body", "_body_bytes", "_busy", "_fault", "_head_bytes", "_loop", "_parser", "_patience",
-        "_reading", "_request", "_rng", "_service", "_task", "_transport", "_waiting", "upstream",
-        "write",
+        "_body", "_body_bytes", "_busy", "_choked", "_expects", "_fault", "_loop", "_parser",
+        "_patience", "_pieces", "_reading", "_request", "_rng", "_service", "_skipping", "_task",
+        "_transport", "_unaccounted", "_waiting", "unframed", "upstream", "write",
     )  # fmt: skip
 
     write: Callable[[bytes], None]
@@ -100,15 +110,20 @@ class ClientConnection:
         self._patience = Patience(loop, self._expired)
         self._reading = Reading.NOTHING
         self._busy = False  # with an answer
+        self._choked = False  # the client takes nothing more for now
         self._request = Request()
-        self._head_bytes = 0
-        self._body: list[bytes] = []
+        self._skipping = False  # a head that was read before
+        self._expects = False  # the client waits to be told to go on
+        self._unaccounted = 0  # bytes since the last of what has a limit of its own
+        self._body = b""
+        self._pieces: bytearray | None = None  # of a body that comes in more than one
         self._body_bytes = 0
         self._fault: ApiError | None = None
         # Requests that came before the answer to the one before them; a fault is answered in its turn.
         self._waiting: deque[Request | ApiError] = deque()
         self._task: asyncio.Task[None] | None = None
         self.upstream: Upstream | None = None
+        self.unframed = False
 
     # The connection's side.
 
@@ -126,26 +141,34 @@ class ClientConnection:
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         """The client has left, or was left."""
-        self._service.connections.pop(self, None)
+        self._service.lost(self)
         self._patience.end()
         self._transport = None
         self._parser = None  # each holds the other
         self._waiting.clear()
+        self._pieces = None
         if self.upstream is not None:
             self.upstream.abandon()
             self.upstream = None
         if self._task is not None:
             self._task.cancel()
+            self._task = None
 
     def pause_writing(self) -> None:
         """The client is slow."""
+        self._choked = True
         if self.upstream is not None:
             self.upstream.pause()
 
     def resume_writing(self) -> None:
         """The client has caught up."""
+        self._choked = False
         if self.upstream is not None:
             self.upstream.resume()
+        elif self._reading is Reading.ENDED and not self._waiting:
+            self._be_patient()
+        elif not self._busy and self._transport is not None:
+            self._next()
 
     def data_received(self, data: bytes) -> None:
         """Some of a request."""
@@ -153,17 +176,35 @@ class ClientConnection:
             return
         assert self._parser is not None
         # What comes behind a head in the same read is not of a head, but it is no more than one read.
-        self._head_bytes += len(data)
+        self._unaccounted += len(data)
+        between = self._reading is Reading.NOTHING
         try:
             self._parser.feed_data(data)
-        except HttpParserUpgrade:
+        except HttpParserUpgrade as upgrade:
             self._request.keep_alive = False  # no other protocol is spoken here
+            if self._reading is Reading.BODY:
+                self._read_on(data[upgrade.args[0] :])
         except HttpParserError as error:
             if not self._ended:
                 self._refuse(self._fault or self._told(error))
             return
-        if self._reading is Reading.HEAD and self._head_bytes > HEAD_MAX_BYTES:
-            self._refuse(ApiError(431, f"The head is larger than {HEAD_MAX_BYTES:,} bytes."))
+        if self._reading is Reading.NOTHING:
+            return
+        if self._unaccounted > HEAD_MAX_BYTES:
+            what = "head" if self._reading is Reading.HEAD else "body's framing"
+            self._refuse(ApiError(431, f"The {what} is larger than {HEAD_MAX_BYTES:,} bytes."))
+        elif between and self._reading is Reading.HEAD:
+            self._be_patient()
+
+    def _read_on(self, data: bytes) -> None:
+        """Read the body of a request that asked for another protocol too: its parser leaves it."""
+        length = self._request.get(b"content-length")
+        framing = "transfer-encoding: chunked" if length is None else f"content-length: {length}"
+        self._parser = HttpRequestParser(self)
+        self._skipping = True
+        self._parser.feed_data(f"POST / HTTP/1.1\r\n{framing}\r\n\r\n".encode("latin-1"))
+        self._skipping = False
+        self.data_received(data)
 
     def _told(self, error: HttpParserError) -> ApiError:
         """What a failed parse says: where one of our own callbacks failed, it is no client's fault."""
@@ -177,9 +218,13 @@ class ClientConnection:
         return self._reading is Reading.ENDED
 
     def _be_patient(self) -> None:
-        """Give the client as long as what it is to send may take."""
+        """Give the client as long as what it is to send, or to take, may need."""
         if self._busy:
             self._patience.due = inf  # the worker's connection has the patience then
+        elif self._choked:
+            self._patience.wait(self._service.idle_timeout_s)
+        elif self._reading is Reading.ENDED:
+            self._patience.wait(LINGER_S)
         elif self._reading is Reading.NOTHING:
             self._patience.wait(KEEPALIVE_S)
         elif self._reading is Reading.HEAD:
@@ -188,7 +233,7 @@ class ClientConnection:
             self._patience.wait(self._service.idle_timeout_s)
 
     def _expired(self) -> None:
-        if self._reading is Reading.HEAD or self._reading is Reading.BODY:
+        if not self._choked and self._reading in {Reading.HEAD, Reading.BODY}:
             self._refuse(ApiError(408, "The request did not come to its end in time."))
         else:
             self.abort()
@@ -197,16 +242,21 @@ class ClientConnection:
 
     def on_message_begin(self) -> None:
         """A request begins, perhaps while another is answered."""
+        if self._skipping:
+            return
         if self._reading is Reading.ENDED:
             raise HttpParserError("nothing may follow")
         self._reading = Reading.HEAD
         self._request = Request()
-        self._body = []
+        self._expects = False
+        self._body = b""
+        self._pieces = None
         self._body_bytes = 0
 
     def on_url(self, url: bytes) -> None:
         """Some of its target."""
-        self._request.target += url
+        if not self._skipping:
+            self._request.target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header; one that comes after the body is nobody's."""
@@ -217,40 +267,68 @@ class ClientConnection:
 
     def on_headers_complete(self) -> None:
         """The head is whole: say at once what is wrong with it."""
+        if self._skipping:
+            return
         request, parser = self._request, self._parser
         assert parser is not None
+        self._unaccounted = 0
         request.arrived = self._loop.time()
         request.method = parser.get_method()
-        request.http_1_0 = parser.get_http_version() == "1.0"
+        version = parser.get_http_version()
+        request.http_1_0 = version == "1.0"
         request.keep_alive = parser.should_keep_alive() and not request.http_1_0
         given = request.get(b"x-request-id")
         request.id = given if given and REQUEST_ID.fullmatch(given) else self._new_id()
+        if version not in VERSIONS:
+            self._fail(ApiError(505, "This is not HTTP/1.1, nor HTTP/1.0."))
         try:
             url: Any = parse_url(request.target)  # its stubs do not say that parts may be None
         except HttpParserInvalidURLError:
             self._fail(ApiError(400, "The request's target is no path."))
         request.path = (url.path or b"/").decode("latin-1")
         request.query = (url.query or b"").decode("latin-1")
-        limit = self._service.max_body_bytes
-        if int(request.get(b"content-length") or 0) > limit:
-            self._fail(too_large(limit))
         if request.path.startswith(PASSED_ON) and not self._service.accepts(request):
             self._fail(unauthorized())
+        limit = self._body_limit()
+        if int(request.get(b"content-length") or 0) > limit:
+            self._fail(too_large(limit))
         self._reading = Reading.BODY
+        self._expects = request.get(b"expect") is not None and not request.http_1_0
         if not self._busy:
             self._be_patient()
-            if request.get(b"expect") and not request.http_1_0:
-                self.write(CONTINUE)
+            self._tell_to_go_on()
+
+    def _body_limit(self) -> int:
+        """No page takes a body; and whoever asks for one may have no key."""
+        limit = self._service.max_body_bytes
+        return limit if self._request.passed_on else min(limit, HEAD_MAX_BYTES)
+
+    def _tell_to_go_on(self) -> None:
+        if self._expects and not self._choked:
+            self._expects = False
+            self.write(CONTINUE)
 
     def _new_id(self) -> str:
         return f"{self._rng.getrandbits(128):032x}"
 
     def on_body(self, data: bytes) -> None:
         """Some of the body."""
-        self._body.append(data)
+        self._unaccounted = 0
+        before = self._body_bytes
         self._body_bytes += len(data)
-        if self._body_bytes > self._service.max_body_bytes:
-            self._fail(too_large(self._service.max_body_bytes))
+        if not before:
+            self._body = data
+        elif self._pieces is None:
+            # Not a list: a chunk of two bytes would take fifty there.
+            self._pieces = bytearray(self._body)
+            self._pieces += data
+        else:
+            self._pieces += data
+        limit = self._body_limit()
+        if self._body_bytes > limit:
+            self._fail(too_large(limit))
+        if before // BLOCK_BYTES != self._body_bytes // BLOCK_BYTES:
+            self._be_patient()
 
     def _fail(self, fault: ApiError) -> NoReturn:
         """Stop the parser; what is wrong is told by whoever feeds it."""
@@ -260,11 +338,20 @@ class ClientConnection:
     def on_message_complete(self) -> None:
         """The request is whole."""
         request = self._request
-        request.body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-        self._body = []
-        self._head_bytes = 0
+        assert self._parser is not None
+        if self._parser.should_upgrade() and (
+            request.get(b"transfer-encoding") or int(request.get(b"content-length") or 0)
+        ):
+            return  # its body follows, see `_read_on`
+        request.body = self._body if self._pieces is None else bytes(self._pieces)
+        self._body = b""
+        self._pieces = None
+        self._unaccounted = 0
+        self._expects = False
         self._reading = Reading.NOTHING
-        if self._busy:
+        if self._busy or self._choked:
+            if len(self._waiting) == WAITING_MAX:
+                self._fail(ApiError(400, f"More than {WAITING_MAX} requests wait for answers."))
             self._waiting.append(request)
             if len(self._waiting) == 1 and self._transport is not None:
                 self._transport.pause_reading()
@@ -276,7 +363,7 @@ class ClientConnection:
     def _begin(self, request: Request) -> None:
         self._busy = True
         self._patience.due = inf
-        if request.method == b"POST" and request.path.startswith(PASSED_ON):
+        if request.passed_on:
             self._task = self._loop.create_task(self._serve(request))
         else:
             self._hand_over(request)
@@ -303,7 +390,9 @@ class ClientConnection:
             message = "The router failed; its log has this request's id."
             self._answer_fault(request, ApiError(500, message, kind="server_error"), last=True)
             return
-        self._answered(last=not follows)
+        finally:
+            request.forget()
+        self._answered(last=not follows or self._service.closing)
 
     def _answer_fault(self, request: Request, error: ApiError, *, last: bool) -> None:
         body = error.body()
@@ -326,8 +415,17 @@ class ClientConnection:
             return
         if last:
             self._linger()
-            return
+        else:
+            self._next()
+
+    def _next(self) -> None:
+        """Go on to the next request: when there is room for its answer."""
+        assert self._transport is not None
         self._be_patient()
+        if self._choked:
+            return
+        if self._reading is Reading.BODY:
+            self._tell_to_go_on()
         if self._waiting:
             waiting = self._waiting.popleft()
             if not self._waiting:
@@ -341,7 +439,7 @@ class ClientConnection:
         """Answer what cannot be read, in its turn, and nothing after it."""
         self._reading = Reading.ENDED
         self._request.id = self._request.id or self._new_id()
-        if self._busy:
+        if self._busy or self._choked or self._waiting:
             self._waiting.append(fault)
             return
         self._answer_fault(self._request, fault, last=True)
@@ -354,16 +452,17 @@ class ClientConnection:
             self._transport.resume_reading()
             if self._transport.can_write_eof():
                 self._transport.write_eof()
-            self._patience.wait(LINGER_S)
+            self._be_patient()
 
     def _hand_over(self, request: Request) -> None:
         """Give the connection to the application, for this request."""
         assert self._transport is not None
         application = self._service.application()
         transport, self._transport = self._transport, None
+        transport.resume_reading()
         self._parser = None
         self._reading = Reading.ENDED
-        self._service.connections.pop(self, None)
+        self._service.lost(self)
         self._patience.end()
         transport.set_protocol(application)
         application.connection_made(transport)
@@ -371,10 +470,20 @@ class ClientConnection:
 
     def abort(self) -> None:
         """Close at once."""
-        if self._transport is not None:
-            self._transport.abort()
+        if self._transport is None:
+            return
+        if self.unframed and self._busy:
+            # Closed, it would look as if it were whole.
+            sock = self._transport.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        self._transport.abort()
 
-    def close_when_idle(self) -> None:
-        """Close, now or when the request that is under way has been answered."""
-        if not self._busy and self._transport is not None:
-            self._transport.close()
+    def close_when_idle(self) -> bool:
+        """Close once what was answered is sent; False while a request is under way, which goes on."""
+        if self._busy or self._transport is None:
+            return False
+        self._reading = Reading.ENDED
+        self._waiting.clear()
+        self._be_patient()
+        self._transport.close()
+        return True

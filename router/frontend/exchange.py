@@ -54,7 +54,7 @@ class Exchange:
     """Passes one request on. `outcome` is how it ended, once `run` has."""
 
     __slots__ = (
-        "_body",
+        "_begun",
         "_client",
         "_config",
         "_job",
@@ -98,6 +98,7 @@ class Exchange:
         self._last = last
         self._loop = asyncio.get_running_loop()
         self._looked_again = False
+        self._begun = False  # bytes of an answer have gone to the client
         self._tokens = 0
         self._worker_id = "none"
         self._stamps = ""
@@ -137,9 +138,12 @@ class Exchange:
             raise
         except (AnswerCutError, asyncio.CancelledError):
             raise
-        except Exception:
+        except Exception as error:
             self.outcome = Outcome.ROUTER_FAILED
-            raise
+            if not self._begun:
+                raise
+            log.exception("%s: a fault of the router", self._request.id)
+            raise AnswerCutError("the router failed", client_gone=False) from error
         finally:
             self._ended()
 
@@ -234,13 +238,16 @@ class Exchange:
         if client is None:
             raise WorkerFailedError("it is gone")
         adapter = job.adapter
+        version = adapter.version if adapter else ""
+        named = adapter.model_id.encode() if adapter else b""
+        own = client.upstreams.headers
         passage = Passage(
             self._client,
             self._loop,
             chunked=not request.http_1_0,
             last=self._last,
             stamps=f"x-request-id: {request.id}\r\n{self._stamps}".encode(),
-            adapter=adapter.model_id.encode() if adapter else b"",
+            adapter=named,
             answer=answer,
             on_first_byte=self._first_byte,
             on_first_token=lease.first_token,
@@ -248,13 +255,11 @@ class Exchange:
         try:
             if adapter is not None:
                 await client.activate(adapter)
-            version, named = (adapter.version, adapter.model_id.encode()) if adapter else ("", b"")
             status, closes = await relay(
                 passage,
                 self._client,
                 client.upstreams,
-                request.for_worker(self._path, named, version, client.upstreams.headers),
-                request.body,
+                lambda: (request.for_worker(self._path, named, version, own), request.body),
                 first_byte_timeout_s=config.first_byte_timeout_s,
                 idle_timeout_s=config.idle_timeout_s,
             )
@@ -275,7 +280,9 @@ class Exchange:
         except AnswerCutError as error:
             self.outcome = Outcome.CLIENT_GONE if error.client_gone else Outcome.WORKER_FAILED
             self._count(lease, answer)
-            log.warning("%s: answer of %s was cut off: %s", job.id, worker_id, error)
+            # What a client does, any number of clients may do at once.
+            level = logging.INFO if error.client_gone else logging.WARNING
+            log.log(level, "%s: answer of %s was cut off: %s", job.id, worker_id, error)
             raise
         if status >= FAILED_FROM:
             self.outcome = Outcome.WORKER_FAILED
@@ -286,6 +293,8 @@ class Exchange:
         return not closes
 
     def _first_byte(self) -> None:
+        self._begun = True
+        self._request.forget()  # from here on there is no other worker to send it to
         self._metrics.first_byte(self._model.model_id, self._loop.time() - self._request.arrived)
 
     def _count(self, lease: Lease, answer: Answer, status: int | None = None) -> None:

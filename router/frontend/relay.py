@@ -54,6 +54,7 @@ class Client(Protocol):
     """The connection to whoever asked."""
 
     upstream: Upstream | None
+    unframed: bool  # the end of its answer is that of the connection: cut off, it must be reset
     write: Callable[[bytes], None]
 
 
@@ -133,8 +134,11 @@ class Passage:
             lines.append(b"transfer-encoding: chunked\r\n")
         elif length is None:
             self.closes = True
+            self._client.unframed = True
             if chunks:
                 self._content = []
+        elif length > WHOLE_MAX_BYTES:
+            self._content = []  # nothing that may be behind it
         if self.closes:
             lines.append(b"connection: close\r\n")
         lines.append(self._stamps)
@@ -214,13 +218,12 @@ async def relay(
     passage: Passage,
     client: Client,
     pool: UpstreamPool,
-    head: bytes,
-    body: bytes,
+    request: Callable[[], tuple[bytes, bytes]],
     *,
     first_byte_timeout_s: float,
     idle_timeout_s: float,
 ) -> tuple[int, bool]:
-    """Send a request to a worker and its answer to the client.
+    """Send a request, its head and its body, to a worker and its answer to the client.
 
     Returns the answer's status, and whether its end is that of the client's connection. A kept
     connection that turns out to be closed costs no retry: the request goes over a new one.
@@ -235,8 +238,7 @@ async def relay(
         client.upstream = upstream
         upstream.ask(
             passage,
-            head,
-            body,
+            *request(),
             first_byte_timeout_s=first_byte_timeout_s,
             idle_timeout_s=idle_timeout_s,
         )
@@ -246,6 +248,8 @@ async def relay(
             upstream = None
             passage.again()
         except asyncio.CancelledError:
-            upstream.abandon()
-            client.upstream = None
+            # Its answer may have ended in the meantime, and the connection be another's.
+            if passage.over.cancelled() or not passage.over.done():
+                upstream.abandon()
+                client.upstream = None
             raise

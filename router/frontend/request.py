@@ -12,6 +12,7 @@ from engine_worker.protocol import (
 from router.frontend import terms
 from router.frontend.errors import ApiError, too_large
 
+PASSED_ON: Final = "/v1/"
 # Of one connection alone (RFC 9110, 7.6.1), or rewritten on the way.
 HOP_BY_HOP: Final = frozenset(
     {
@@ -29,7 +30,8 @@ NOT_FORWARDED: Final = HOP_BY_HOP | TERMS | {
     b"content-encoding", b"accept-encoding", b"x-request-id",
     ADAPTER, VERSION, ROUTER_HEADER.lower().encode(), REFUSED_HEADER.lower().encode(),
 }  # fmt: skip
-NOT_FOR_APPLICATION: Final = HOP_BY_HOP | {b"content-length", b"x-request-id"}
+# All that our own pages read; whatever else there is could only be refused.
+FOR_APPLICATION: Final = frozenset({b"authorization", b"x-api-key"})
 # zlib's names for a gzip header and trailer, and for either of what is called deflate.
 WINDOW: Final = {
     "gzip": 16 + zlib.MAX_WBITS,
@@ -62,6 +64,11 @@ class Request:
         self.arrived = 0.0
         self.http_1_0 = False
         self.keep_alive = True
+
+    @property
+    def passed_on(self) -> bool:
+        """Whether it is for a worker; every other one is answered here."""
+        return self.method == b"POST" and self.path.startswith(PASSED_ON)
 
     def add(self, name: bytes, value: bytes) -> None:
         """Take in a header."""
@@ -106,17 +113,18 @@ class Request:
         lines.append(b"\r\n")
         return b"".join(lines)
 
+    def forget(self) -> None:
+        """Let go of what only sending it takes: its answer may last for long, its connection longer."""
+        self.body = b""
+        self.fields = []
+        self._first = {}
+
     def for_application(self) -> bytes:
-        """The whole of it, plain, as the last one on its connection."""
-        lines = [b"%b %b HTTP/1.1\r\n" % (self.method, self.target)]
-        lines += [
-            b"%b: %b\r\n" % field for field in self.fields if field[0] not in NOT_FOR_APPLICATION
-        ]
-        lines.append(
-            b"x-request-id: %b\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
-            % (self.id.encode(), len(self.body))
-        )
-        return b"".join(lines) + self.body
+        """What a page needs of its head, as the last one on its connection. None takes a body."""
+        lines = [b"%b %b HTTP/1.1\r\nhost: router\r\n" % (self.method, self.target)]
+        lines += [b"%b: %b\r\n" % field for field in self.fields if field[0] in FOR_APPLICATION]
+        lines.append(b"x-request-id: %b\r\nconnection: close\r\n\r\n" % self.id.encode())
+        return b"".join(lines)
 
 
 def unpacked(body: bytes, encoding: str, limit: int) -> bytes:

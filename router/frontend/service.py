@@ -10,7 +10,7 @@ from aiohttp import web
 from router.config import RouterConfig
 from router.frontend.app import application
 from router.frontend.auth import Keys
-from router.frontend.connection import ClientConnection
+from router.frontend.connection import HEAD_MAX_BYTES, ClientConnection
 from router.frontend.errors import ApiError
 from router.frontend.exchange import Exchange, worker_path
 from router.frontend.head import parse_head
@@ -51,6 +51,7 @@ class Frontend:
         self._rng = Random()
         self._in_flight = 0
         self._server: asyncio.Server | None = None
+        self._fewer = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
         app = application(models, metrics, keys, max_body_bytes=config.max_body_bytes)
@@ -59,6 +60,9 @@ class Frontend:
             handler_cancellation=True,
             access_log=None,
             shutdown_timeout=APPLICATION_SHUTDOWN_S,
+            # What is longer is refused before it comes there.
+            max_line_size=2 * HEAD_MAX_BYTES,
+            max_field_size=2 * HEAD_MAX_BYTES,
         )
 
     async def start(self, listener: socket.socket) -> None:
@@ -85,27 +89,32 @@ class Frontend:
         """Whether the request carries a key, if one is needed."""
         return not self._keys or self._keys.accept(request.headers())
 
+    def lost(self, connection: ClientConnection) -> None:
+        """A connection is gone, or the application's."""
+        self.connections.pop(connection, None)
+        self._fewer.set()
+
     async def pass_on(self, request: Request, connection: ClientConnection) -> bool:
         """Have a worker answer a request; whether another may follow on its connection.
 
         Raises `ApiError` while nothing is sent, and `AnswerCutError` after.
         """
-        route = request.path.removeprefix("/v1/")
-        if route in NOT_PASSED_ON:
-            raise ApiError(
-                404, "Adapters are loaded when they are asked for; put new ones into the store."
-            )
-        path = worker_path(route, request.query)
-        if path is None:
-            raise ApiError(404, f"No route {request.path}.")
-        terms = self._terms.usual
-        if request.has_terms:
-            terms = self._terms.read(request.headers())
-        head = parse_head(request.body)
-        model, adapter = await self._models.resolve(head.model)
         self._in_flight += 1
         self._idle.clear()
         try:
+            route = request.path.removeprefix("/v1/")
+            if route in NOT_PASSED_ON:
+                raise ApiError(
+                    404, "Adapters are loaded when they are asked for; put new ones into the store."
+                )
+            path = worker_path(route, request.query)
+            if path is None:
+                raise ApiError(404, f"No route {request.path}.")
+            terms = self._terms.usual
+            if request.has_terms:
+                terms = self._terms.read(request.headers())
+            head = parse_head(request.body)
+            model, adapter = await self._models.resolve(head.model)
             exchange = Exchange(
                 request,
                 connection,
@@ -126,11 +135,16 @@ class Frontend:
                 self._idle.set()
 
     async def drained(self) -> None:
-        """Close what is idle, and return when no request is being passed on."""
+        """Close what is idle; return when no request and no answer is on its way."""
         self.closing = True
         for connection in tuple(self.connections):
             connection.close_when_idle()
         await self._idle.wait()
+        leaving = [one for one in tuple(self.connections) if one.close_when_idle()]
+        for connection in leaving:
+            while connection in self.connections:
+                self._fewer.clear()
+                await self._fewer.wait()
 
     async def aclose(self) -> None:
         """Accept no more, and cut off whatever is left."""

@@ -12,6 +12,7 @@ from typing import Final
 from router.telemetry.usage import Usage, read_usage
 
 TAIL_BYTES: Final = 4096
+TAIL_MAX_BYTES: Final = TAIL_BYTES * 3 // 2  # then it is cut to that: each stream holds one
 EVENT_STREAM: Final = "text/event-stream"
 EVENT_END: Final = b"\n\n"
 DONE: Final = b"data: [DONE]"  # the last event of OpenAI's streams carries no token
@@ -58,7 +59,7 @@ class Answer:
             if chunk.startswith(b"\n") and tail.endswith(b"\n") and not tail.endswith(EVENT_END):
                 self._events += 1
         tail += chunk
-        if len(tail) > 4 * TAIL_BYTES:
+        if len(tail) > TAIL_MAX_BYTES:
             del tail[:-TAIL_BYTES]
 
     @property

@@ -133,7 +133,9 @@ class Upstream:
     ) -> None:
         """Send a request; the reader is told of its answer. The connection is idle."""
         assert self._reader is None
-        assert self._transport is not None
+        if self._transport is None:  # it has been closed since
+            reader.failed(WorkerFailedError("it closed the connection"))
+            return
         self._reader = reader
         self._uses += 1
         self._idle_s = idle_timeout_s
@@ -209,7 +211,7 @@ class Upstream:
         except HttpParserError as error:
             self._fail(_malformed(error))
             return
-        reader.wire(data)
+        reader.wire(_to_its_end(data) if self._complete else data)
         if self._complete:
             self._finish()
 
@@ -240,6 +242,9 @@ class Upstream:
             status = self._parser.get_status_code()
             if status >= FIRST_FINAL:
                 break
+            if not self._complete:
+                self._fail(WorkerFailedError(f"its status is {status}"))
+                return
             self._headers = []
             self._complete = self._framed = False
             self._content_length = None
@@ -257,7 +262,7 @@ class Upstream:
             self._fail(_malformed(error))
             return
         if self._reader is not None:  # its reader may have given up
-            reader.wire(data)
+            reader.wire(_to_its_end(data) if self._complete else data)
             if self._complete:
                 self._finish()
 
@@ -331,7 +336,9 @@ class Upstream:
             self._content_length = int(value)  # the parser has checked it
             self._framed = True
         elif name == b"transfer-encoding":
-            self._framed = value.lower().endswith(b"chunked")
+            if self._framed or value.lower() != b"chunked":
+                raise WorkerFailedError(f"its transfer encoding is {value[:40]!r}")
+            self._framed = True
 
     def on_headers_complete(self) -> None:
         """A head is whole."""
@@ -356,6 +363,16 @@ class Upstream:
         self._complete = True
 
 
+def _to_its_end(data: bytes) -> bytes:
+    """The last of an answer without line ends behind it: the parser skips them.
+
+    Chunks end with an empty line, and before it is a line that is not empty. Where the length is known
+    its reader takes the content alone.
+    """
+    over = len(data) - len(data.rstrip(b"\r\n")) - len(HEAD_END)
+    return data[:-over] if over > 0 else data
+
+
 def _malformed(error: Exception) -> WorkerFailedError:
     told = error.__context__ if isinstance(error.__context__, WorkerFailedError) else error
     return WorkerFailedError(f"its answer is malformed: {told}")
@@ -376,6 +393,7 @@ class UpstreamPool:
         self._ssl: bool | None = None
         self._connections: dict[Upstream, None] = {}
         self._idle: dict[Upstream, None] = {}
+        self._closed = False
         host = "worker"
         if address.startswith("unix:"):
             self._socket = address.removeprefix("unix:")
@@ -420,6 +438,8 @@ class UpstreamPool:
     def made(self, upstream: Upstream) -> None:
         """It is open."""
         self._connections[upstream] = None
+        if self._closed:
+            upstream.cut()
 
     def give_back(self, upstream: Upstream) -> None:
         """It can be asked again."""
@@ -431,6 +451,7 @@ class UpstreamPool:
         self._connections.pop(upstream, None)
 
     def close(self) -> None:
-        """Close all of them; answers that are under way fail."""
+        """Close all of them, now and later; answers that are under way fail."""
+        self._closed = True
         for upstream in tuple(self._connections):
             upstream.cut()
