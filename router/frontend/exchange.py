@@ -269,8 +269,7 @@ class Exchange:
             raise
         except WorkerRefusedError as refused:  # a name of its own: compiled, a name has one type
             job.avoid = avoid
-            self._metrics.refused(name, refused.refusal)
-            lease.refused(full=refused.refusal == Refusal.FULL)
+            self._refused(lease, refused.refusal)
             raise
         except AdapterNotThereError:
             assert adapter is not None
@@ -291,6 +290,10 @@ class Exchange:
         self._metrics.placed(job, lease.use)
         self._metrics.answered(name, self._loop.time() - request.arrived)
         return not closes
+
+    def _refused(self, lease: Lease, refusal: str) -> None:
+        self._metrics.refused(self._model.model_id, refusal)
+        lease.refused(full=refusal == Refusal.FULL)
 
     def _first_byte(self) -> None:
         self._begun = True

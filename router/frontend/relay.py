@@ -113,10 +113,7 @@ class Passage:
     def head(self, status: int, headers: list[tuple[bytes, bytes]], length: int | None) -> None:
         """The answer begins."""
         if status in WORKERS_FAULT:
-            self._refusal = dict(headers).get(REFUSED, b"")
-            if not self._refusal:
-                raise WorkerFailedError(f"it answered {status}")
-            self._held = []  # read to its end, so that the connection can be used again
+            self._refused(status, headers)
             return
         self._status = status
         chunks = content_type = False
@@ -148,6 +145,13 @@ class Passage:
             self._held = []
         else:
             self._answer.begins(kind.decode("latin-1") if content_type else "")
+
+    def _refused(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        """A refusal with a name is read to its end, so that the connection can be used again."""
+        self._refusal = dict(headers).get(REFUSED, b"")
+        if not self._refusal:
+            raise WorkerFailedError(f"it answered {status}")
+        self._held = []
 
     def content(self, data: bytes) -> None:
         """Some of its content."""

@@ -222,7 +222,7 @@ def test_in_whatever_reads_an_answer_comes_it_is_passed_on_to_the_byte_and_count
     @on_asyncio
     async def main() -> None:
         client, line, shown = Told(), Line(), Answer(lambda: 1.0)
-        pool = UpstreamPool("http://worker:1", None)
+        pool = UpstreamPool("http://worker:1", None, "r0")
         upstream = Upstream(pool, asyncio.get_running_loop())
         upstream.connection_made(line)  # type: ignore[arg-type]
         passage = Passage(
@@ -791,7 +791,7 @@ async def test_an_idle_connection_holds_no_body() -> None:
 async def test_a_connection_that_is_lost_before_it_is_asked_fails(
     error: WorkerFailedError | WorkerStalledError,
 ) -> None:
-    pool = UpstreamPool("http://worker:1", None)
+    pool = UpstreamPool("http://worker:1", None, "r0")
     upstream = Upstream(pool, asyncio.get_running_loop())
     upstream.connection_made(Line())  # type: ignore[arg-type]
     upstream.connection_lost(None)

@@ -28,7 +28,7 @@ from router.frontend.connection import ClientConnection
 from router.frontend.models import Models
 from router.frontend.service import Frontend
 from router.model import ModelService
-from router.serve import listen
+from router.part import bound
 from router.telemetry.metrics import Metrics
 from router.workers.client import WorkerClient
 from router.workers.upstream import Upstream, UpstreamPool
@@ -301,7 +301,7 @@ class Link:
     """What the router has of a worker: `WorkerClient`."""
 
     def __init__(self, address: str) -> None:
-        self.upstreams = UpstreamPool(address, "secret")
+        self.upstreams = UpstreamPool(address, "secret", "r0")
 
     async def activate(self, adapter: AdapterRef) -> None:
         pass
@@ -379,7 +379,7 @@ class Plane:
             self.workers.append(worker)
             self.pool.links[name] = Link(worker.address)
             self.router.add_worker(Worker(name, max_ongoing=self._max_ongoing, slots=2))
-        self._listener = listen("127.0.0.1", 0)
+        self._listener = bound("127.0.0.1", 0, shared=False)
         self.port = self._listener.getsockname()[1]
         await self.frontend.start(self._listener)
 
