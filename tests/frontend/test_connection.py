@@ -682,7 +682,6 @@ INJECTIONS = {
     "query with a fragment": post(path=b"/v1/completions?a#b"),
     "request id": post(BODY, b"x-request-id: a\tb"),
     "long request id": post(BODY, b"x-request-id: " + b"a" * 200),
-    "model id": post(b'{"model": "base:a\\r\\nx-b: c"}'),
     "hop by hop": post(BODY, b"connection: content-length, x-request-id, host, authorization"),
     "hop by hop, all": post(BODY, b'connection: *,,;"\\, \xff', b"te: trailers", b"keep-alive: 1"),
     "worker's headers": post(BODY, b"x-lorayard-adapter-version: sha256:2"),
@@ -715,7 +714,16 @@ async def test_a_worker_reads_exactly_one_request(request_: bytes) -> None:
         assert len(asked.values("x-request-id")) == 1
         assert asked.values("authorization") == ["Bearer secret"]
         assert asked.values("x-b") == []
-        assert asked.body.strip() in {BODY, b'{"model": "base:a\\r\\nx-b: c"}'}
+        assert asked.body.strip() == BODY
+
+
+@on_uvloop
+async def test_an_adapters_name_with_a_line_end_in_it_is_404_and_reaches_no_worker() -> None:
+    worker = Remembers()
+    async with plane(worker) as made:
+        assert (await made.ask(post(b'{"model": "base:a\\r\\nx-b: c"}'))).status == 404
+        await made.settled()
+    assert not worker.asked
 
 
 @on_uvloop

@@ -18,6 +18,7 @@ from typing import Any, ParamSpec, cast
 import h11
 import uvloop
 
+from router.adapters.store import is_name
 from router.config import RouterConfig
 from router.core.fleet import Fleet, Worker
 from router.core.job import AdapterRef, LoadError, Outcome
@@ -335,7 +336,7 @@ class MadeUpPool:
 
 
 class MadeUpModel:
-    """`ModelService` without a store: every adapter is there."""
+    """`ModelService` without a store: every name that may be an adapter's is one."""
 
     def __init__(self, pool: MadeUpPool, router: Router) -> None:
         self.model_id = MODEL
@@ -345,8 +346,8 @@ class MadeUpModel:
         self.ready = True
         self.llm = SimpleNamespace(model_loading_config=SimpleNamespace(source="made-up"))
 
-    async def find(self, name: str, *, afresh: bool = False) -> AdapterRef:
-        return AdapterRef(MODEL, name, "sha256:1")
+    async def find(self, name: str, *, afresh: bool = False) -> AdapterRef | None:
+        return AdapterRef(MODEL, name, "sha256:1") if is_name(name) else None
 
 
 class Plane:
