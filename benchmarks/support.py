@@ -161,9 +161,16 @@ def report(
     path.parent.mkdir(parents=True, exist_ok=True)
     head = {
         "benchmark": title,
-        "command": f"python -m {' '.join([Path(sys.argv[0]).stem, *sys.argv[1:]])}",
+        "command": f"python -m {' '.join([_module(), *sys.argv[1:]])}",
         "date": datetime.now(tz=UTC).date().isoformat(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
     }
     path.write_text(json.dumps({**head, "results": data}, indent=2) + "\n")
     Console().print(f"written to {path}", highlight=False)
+
+
+def _module() -> str:
+    """What was run, as `python -m` takes it."""
+    spec = sys.modules["__main__"].__spec__
+    name = Path(sys.argv[0]).stem if spec is None else spec.name
+    return name.removesuffix(".__main__")
