@@ -53,19 +53,20 @@ def test_a_stream_is_whole_however_it_is_cut() -> None:
         assert (found.wrong, found.chunks, len(found.late_s)) == ("", 3, 2)
 
 
-@pytest.mark.parametrize(
-    ("text", "wrong"),
-    [
-        (stream(7, 8), "2 tokens"),
-        (stream(7, 9, 10), "step 9 after 7"),
-        (stream(7, 8, 8), "step 8 after 8"),
-        (stream(7, 8, 9)[:-5], "cut off after 3 tokens"),
-        (stream(7, 8, 9).replace(b"[DONE]", b"[done]"), "3 tokens, then"),
-        (stream(7, 8, 9).replace(b"200 OK", b"503 No"), "503"),
-        (b"", "no answer"),
-        (b"nonsense\r\n\r\n", "no HTTP"),
-    ],
-)
+WRONG = [
+    (stream(7, 8), "2 tokens"),
+    (stream(7, 9, 10), "step 9 after 7"),
+    (stream(7, 8, 8), "step 8 after 8"),
+    (stream(7, 8, 9)[:-5], "cut off after 3 tokens"),
+    (stream(7, 8, 9).replace(b"[DONE]", b"[done]"), "3 tokens, then"),
+    (stream(7, 8, 9).replace(b"200 OK", b"503 No"), "503"),
+    (b"", "no answer"),
+    (b"nonsense\r\n\r\n", "no HTTP"),
+]
+
+
+# A token says when it was sent, and so would an id made of it.
+@pytest.mark.parametrize(("text", "wrong"), WRONG, ids=[wrong for _, wrong in WRONG])
 def test_what_is_lost_doubled_cut_or_changed_is_told(text: bytes, wrong: str) -> None:
     assert reading(*([text] if text else [])).wrong.startswith(wrong)
 
