@@ -13,7 +13,7 @@ from random import Random
 import msgspec
 import pytest
 from adapter_files import write_adapter
-from harness import FakeLoader, ref, simulate
+from harness import FakeLoader, after_every_event, ref, simulate
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -187,6 +187,13 @@ class Bench:
         job = Job(str(self._jobs), ref(adapter) if adapter else None)
         return await self.routers[router].serve(job, hold_s)
 
+    def check_reach(self) -> None:
+        """Who has a slot to give is within reach of an adapter that nobody holds, and no other is."""
+        for router in self.routers:
+            fleet = router.router.fleet
+            reach = [worker for worker in fleet.ready if worker.slots.spare]
+            assert list(fleet.within_reach(ref("nowhere"))) == reach
+
     async def close(self) -> None:
         for worker in self.shared.values():
             occupancy = worker.service._arbiter.occupancy()
@@ -224,6 +231,7 @@ def test_every_request_of_every_router_ends_well(
 ) -> None:
     async def main() -> None:
         bench = Bench(folder, slots=slots, policy=policy)
+        after_every_event(bench.check_reach)
         async with asyncio.timeout(500):
             await asyncio.gather(*(bench.ask(*one) for one in asked))
         await bench.close()
@@ -267,3 +275,20 @@ def test_adapters_in_constant_use_by_others_make_room(folder: Path) -> None:
         return took_s
 
     assert simulate(main()) < 5.0
+
+
+@pytest.mark.parametrize("policy", ["affinity", "cost", "round_robin"])
+def test_a_slot_that_others_have_let_go_of_is_found_in_a_large_fleet(policy: str) -> None:
+    async def main() -> str:
+        router = Router(Fleet("base"), POLICIES[policy](Random(0)), FakeLoader(0.1))
+        for number in range(64):
+            worker = Worker(f"w{number}", max_ongoing=8, slots=1, rank=number)
+            router.add_worker(worker)
+            for others in (0, 1, 2):
+                used = (ref("a"),) if others else ()
+                router.observe(worker, Report(seq=1, gpu=(ref("a"),), others=others, used=used))
+        router.observe(worker, Report(seq=1, gpu=(ref("a"),)))
+        async with asyncio.timeout(0.5), router.lease(Job("1", ref("b"))) as lease:
+            return lease.worker.id
+
+    assert simulate(main()) == "w63"
