@@ -420,6 +420,25 @@ async def test_where_the_end_of_the_connection_is_that_of_the_answer_a_cut_is_a_
         await made.settled({"worker_failed": 1})
 
 
+@on_uvloop
+async def test_an_answer_to_the_end_of_a_connection_that_the_router_closes_is_a_reset() -> None:
+    """As of a worker that is taken for gone: what has come is no whole answer."""
+    stay = asyncio.Event()
+
+    async def script(side: WorkerSide) -> None:
+        await side.asked()
+        side.send(TO_THE_END)
+        await stay.wait()
+
+    async with plane(script) as made:
+        client = await made.client()
+        client.send(post())
+        await client.until(b"[DONE]\n\n")
+        made.pool.links["w0"].upstreams.close()
+        assert await client.was_reset()
+        await made.settled({"worker_failed": 1})
+
+
 def reset(side: WorkerSide) -> None:
     """End a connection as a machine does that has lost it."""
     sock = side.writer.get_extra_info("socket")
