@@ -439,6 +439,25 @@ async def test_an_answer_to_the_end_of_a_connection_that_the_router_closes_is_a_
         await made.settled({"worker_failed": 1})
 
 
+FULL = b"x-lorayard-refused: full"
+REFUSALS = {
+    "short": answer(b"{}", FULL, status=b"503 Service Unavailable"),
+    "long": b"HTTP/1.1 503 No\r\n%b\r\ncontent-length: 100000000\r\n\r\n" % FULL + b"x" * 1000,
+    "without an end": b"HTTP/1.1 503 No\r\n%b\r\n\r\n" % FULL + b"x" * 1000,
+    "in chunks": STREAM_HEAD.replace(b"200 OK", b"503 No\r\n" + FULL) + chunk(b"x" * 1000),
+}
+
+
+@pytest.mark.parametrize("raw", REFUSALS.values(), ids=REFUSALS)
+@on_uvloop
+async def test_a_refusal_costs_no_retry_and_its_content_is_not_waited_for(raw: bytes) -> None:
+    async with plane(*once_each(raw, WHOLE), max_retries=0) as made:
+        reply = await made.ask(post(b'{"model": "base", "prompt": "' + b"y" * 100_000 + b'"}'))
+        assert reply.status == 200
+        await made.settled({"completed": 1})
+        assert made.retries() == 0
+
+
 def reset(side: WorkerSide) -> None:
     """End a connection as a machine does that has lost it."""
     sock = side.writer.get_extra_info("socket")
