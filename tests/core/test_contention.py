@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from engine_worker.protocol import AdapterId, Info, LoadReply, LoadRequest, State, WireError
 from engine_worker.service import StateFeed, Tiers, WorkerError, WorkerService
 from router.core.claims import PATIENCES
+from router.core.demand import MEMORY_S
 from router.core.fleet import Fleet, LoadRefusedError, Report, Worker
 from router.core.job import AdapterRef, Job
 from router.core.policies import POLICIES
@@ -292,3 +293,19 @@ def test_a_slot_that_others_have_let_go_of_is_found_in_a_large_fleet(policy: str
             return lease.worker.id
 
     assert simulate(main()) == "w63"
+
+
+def test_a_job_that_is_refused_is_no_new_demand() -> None:
+    async def main() -> float:
+        router = Router(Fleet("base"), POLICIES["cost"](Random(0)), FakeLoader(0.0))
+        worker = Worker("w0", max_ongoing=8, slots=1)
+        router.add_worker(worker)
+        job = Job("1", ref("a"))
+        for _ in range(20):
+            async with router.lease(job) as lease:
+                lease.refused(full=True)
+            router.observe(worker, Report(seq=1, gpu=(ref("a"),)))
+        loop = asyncio.get_running_loop()
+        return router.fleet.demand.rate(ref("a"), loop.time()) * MEMORY_S
+
+    assert simulate(main()) <= 1.0
