@@ -32,8 +32,10 @@ from plane import (
     until,
 )
 
+from router.config import RecordConfig
 from router.frontend.relay import Passage
 from router.telemetry.answer import Answer
+from router.telemetry.recorder import Recorder
 from router.telemetry.usage import Usage
 from router.workers.upstream import (
     HEAD_MAX_BYTES,
@@ -456,6 +458,20 @@ async def test_a_refusal_costs_no_retry_and_its_content_is_not_waited_for(raw: b
         assert reply.status == 200
         await made.settled({"completed": 1})
         assert made.retries() == 0
+
+
+@on_uvloop
+async def test_a_recording_counts_retries_and_no_refusals(tmp_path: Path) -> None:
+    gone = answer(b"{}", b"x-lorayard-refused: adapter_gone", status=b"503 Service Unavailable")
+    failed = answer(status=b"503 Service Unavailable")
+    async with plane(*once_each(gone, failed, WHOLE)) as made:
+        config = RecordConfig(path=str(tmp_path / "traffic.jsonl"))
+        made.frontend._recorder = recorder = Recorder.open(config, made.metrics)
+        assert (await made.ask(post(b'{"model": "base:a"}'))).status == 200
+        await made.settled({"completed": 1})
+        await recorder.aclose()
+        (row,) = map(json.loads, (tmp_path / "traffic.jsonl").read_bytes().splitlines())
+        assert row["extra"]["retries"] == made.retries() == 1
 
 
 def reset(side: WorkerSide) -> None:
