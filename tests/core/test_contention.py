@@ -309,3 +309,23 @@ def test_a_job_that_is_refused_is_no_new_demand() -> None:
         return router.fleet.demand.rate(ref("a"), loop.time()) * MEMORY_S
 
     assert simulate(main()) <= 1.0
+
+
+@pytest.mark.parametrize("policy", ["affinity", "cost"])
+def test_a_tenant_beyond_its_share_leaves_a_place_that_other_routers_have_not_taken(
+    policy: str,
+) -> None:
+    async def main() -> None:
+        fleet = Fleet("base")
+        worker = Worker("w0", max_ongoing=4, slots=1)
+        fleet.add(worker)
+        for tenant in ("a", "b"):
+            fleet.tenants.arrived(tenant, 0.0)
+        fleet.observe(worker, Report(others=1))
+        for _ in range(2):
+            fleet.reserve(worker, None, "a")
+        made = POLICIES[policy](Random(0))
+        assert made.place(Job("1", None, tenant="b"), fleet, 0.0).worker is worker
+        assert made.place(Job("2", None, tenant="a"), fleet, 0.0).worker is None
+
+    simulate(main())
