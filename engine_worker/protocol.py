@@ -150,7 +150,7 @@ class WireErrorBody(msgspec.Struct, frozen=True):
     code: str = ""
 
 
-class WireError(msgspec.Struct, frozen=True):
+class WireError(msgspec.Struct, frozen=True, omit_defaults=True):
     """An error answer; with the worker's state where a load is refused."""
 
     error: WireErrorBody

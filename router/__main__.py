@@ -133,17 +133,15 @@ def set_up_logging(level: str, process: str = "") -> None:
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if not 1 <= value <= PROCESSES_MAX:
-        raise argparse.ArgumentTypeError(f"{text} is no number from 1 to {PROCESSES_MAX}")
-    return value
+    if text.isdecimal() and 1 <= int(text) <= PROCESSES_MAX:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"`{text}` is no number from 1 to {PROCESSES_MAX}")
 
 
 def _port(text: str) -> int:
-    value = int(text)
-    if not 0 <= value <= PORT_MAX:
-        raise argparse.ArgumentTypeError(f"{text} is no port")
-    return value
+    if text.isdecimal() and int(text) <= PORT_MAX:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"`{text}` is no port, a number from 0 to {PORT_MAX}")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,13 @@ from router.config import Config, LLMConfig, RouterConfig, TenantConfig
 from router.part import Part, bound
 from router.workers.client import WorkerUnreachableError, is_healthy, open_session
 from router.workers.devices import gpus_per_worker, this_machine
-from router.workers.keeper import BACKOFF_MAX_S, BACKOFF_MIN_S, WorkerKeeper, socket_folder
+from router.workers.keeper import (
+    BACKOFF_MAX_S,
+    BACKOFF_MIN_S,
+    WorkerKeeper,
+    life_ended,
+    socket_folder,
+)
 from router.workers.pool import SILENT_MAX_S
 from router.workers.process import KILL_GRACE_S, WorkerProcess
 
@@ -240,6 +246,7 @@ class _RouterProcess:
     def start(self) -> None:
         """Begin to start it."""
         self._life = asyncio.create_task(self._live(), name=f"router {self._part.name}")
+        self._life.add_done_callback(partial(life_ended, self.ready))
 
     async def _live(self) -> None:
         name = self._part.name

@@ -396,9 +396,9 @@ class Fleet:
         if report.host != worker.report.host and self._workers.get(worker.id) is worker:
             self._hosts(worker, dict.fromkeys(report.host))
         worker.report = report
-        if report.others != worker.others:
-            self._set_others(worker, report.others)
+        # Before the count, which puts the worker where it belongs by who may leave now.
         worker.slots.set_foreign(report.used)
+        self._set_others(worker, report.others)
         if report.waiting == 0 and report.running >= worker.ongoing and worker.in_flight:
             # All that was sent there is in its batch: no prompt waits, whatever was predicted.
             worker.busy_until = min(worker.busy_until, now)
@@ -440,6 +440,7 @@ class Fleet:
         if worker.slots.get(slot.adapter) is slot and worker.slots.lost(slot):
             worker.seq_settled = -1
             self._unindex(worker, slot)
+            self._settle(worker)
 
     def disown(self, worker: Worker, adapter: AdapterRef) -> None:
         """The worker said that it does not hold an adapter that the ledger has as resident."""
@@ -454,12 +455,15 @@ class Fleet:
         """Send nobody new to the adapter there, so that its slot falls idle."""
         worker.slots.close(slot)
         self._unindex(worker, slot)
+        self._settle(worker)  # one that other routers alone use can leave now
 
     def open_slot(self, worker: Worker, slot: Slot) -> bool:
         """Send jobs there again. False where the slot is not closed, or has gone."""
         opened = worker.slots.open(slot)
-        if opened and self._workers.get(worker.id) is worker:
-            self._index(worker, slot)
+        if self._workers.get(worker.id) is worker:
+            if opened:
+                self._index(worker, slot)
+            self._settle(worker)
         return opened
 
     def pin(self, adapter: AdapterRef, *, pinned: bool) -> None:

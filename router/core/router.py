@@ -196,9 +196,10 @@ class Router:
             raise self._shutting_down()
         now = self.loop.time()
         fleet, adapter = self.fleet, job.adapter
-        if adapter is not None:
-            fleet.demand.arrived(adapter, now)
-        self._policy.arrived(job, fleet, now)
+        if not job.contentions:  # else it has come before, and was refused because of other routers
+            if adapter is not None:
+                fleet.demand.arrived(adapter, now)
+            self._policy.arrived(job, fleet, now)
         self._tick_on()
         if job.refuse_cold and adapter is not None and not fleet.resident(adapter):
             self._refuse_cold(adapter)

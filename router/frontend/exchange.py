@@ -189,7 +189,12 @@ class Exchange:
                 if not left:
                     raise self._worker_error(502, error) from None
             left -= 1
-            self._metrics.retried(self._model.model_id)
+            self._retried()
+
+    def _retried(self) -> None:
+        self._metrics.retried(self._model.model_id)
+        if self._recording is not None:
+            self._recording.retries += 1
 
     def _lease(self) -> Lease:
         lease = self._model.router.lease(self._job)

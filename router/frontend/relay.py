@@ -113,7 +113,7 @@ class Passage:
     def head(self, status: int, headers: list[tuple[bytes, bytes]], length: int | None) -> None:
         """The answer begins."""
         if status in WORKERS_FAULT:
-            self._refused(status, headers)
+            self._refused(status, headers, length)
             return
         self._status = status
         chunks = content_type = False
@@ -146,12 +146,17 @@ class Passage:
         else:
             self._answer.begins(kind.decode("latin-1") if content_type else "")
 
-    def _refused(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
-        """A refusal with a name is read to its end, so that the connection can be used again."""
+    def _refused(self, status: int, headers: list[tuple[bytes, bytes]], length: int | None) -> None:
+        """A short refusal with a name is read to its end, so that the connection can be used again."""
         self._refusal = dict(headers).get(REFUSED, b"")
         if not self._refusal:
             raise WorkerFailedError(f"it answered {status}")
+        if length is None or length > WHOLE_MAX_BYTES:
+            raise self._named()
         self._held = []
+
+    def _named(self) -> WorkerRefusedError:
+        return WorkerRefusedError(self._refusal.decode("latin-1"))
 
     def content(self, data: bytes) -> None:
         """Some of its content."""
@@ -183,7 +188,7 @@ class Passage:
     def ended(self) -> None:
         """It is whole."""
         if self._refusal:
-            self._end(WorkerRefusedError(self._refusal.decode("latin-1")))
+            self._end(self._named())
         elif self._held is not None:
             body = b"".join(self._held)
             # Not every 404 is that: a route or a stored response may be what is not there.

@@ -71,12 +71,13 @@ class _Row(msgspec.Struct, omit_defaults=True, kw_only=True):
 class Recording:
     """One request, from its arrival to its row. The front end fills in what becomes known.
 
-    `arrived` is a time of the recorder's clock; `leases` are those of each try, in order; `body` is
-    the request's, where prompts are recorded; `row` is the line, once it is made.
+    `arrived` is a time of the recorder's clock; `leases` are all that it had, in order; `retries` how
+    often a worker failed it; `body` is the request's, where prompts are recorded; `row` is the line,
+    once it is made.
     """
 
     __slots__ = (
-        "adapter_use", "answer", "arrived", "body", "job", "leases", "model_id", "row",
+        "adapter_use", "answer", "arrived", "body", "job", "leases", "model_id", "retries", "row",
         "session_id", "worker",
     )  # fmt: skip
 
@@ -89,6 +90,7 @@ class Recording:
         self.session_id = session_id
         self.body = body
         self.leases: list[Lease] = []
+        self.retries = 0
         self.worker: str | None = None
         self.adapter_use: AdapterUse | None = None
         self.answer: Answer | None = None
@@ -211,7 +213,7 @@ class Recorder:
                 outcome=outcome,
                 worker=recording.worker,
                 adapter_use=recording.adapter_use,
-                retries=max(0, len(leases) - 1),
+                retries=recording.retries,
                 queued_s=round(sum(lease.queued_s for lease in leases), 6),
                 load_s=round(sum(lease.load_s for lease in leases), 6),
                 ttft_s=None if started is None else round(started - arrived, 6),

@@ -182,9 +182,8 @@ class Upstream:
             self._transport.close()
 
     def cut(self) -> None:
-        """Close it at once; the answer that is under way fails."""
-        if self._transport is not None:
-            self._transport.abort()
+        """Close it at once; the answer that is under way fails, were its end that of the connection."""
+        self._fail(WorkerFailedError("the router has closed the connection"))
 
     # The connection's side.
 

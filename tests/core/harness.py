@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
+from heapq import heappop, heappush
 from random import Random
 from typing import Any, TypeVar
 
@@ -11,10 +12,16 @@ from router.core.placement import Decision
 from router.core.policies import POLICIES
 from router.core.residency import Eviction
 from router.core.router import Router
-from sim.environment import Environment
+from sim.environment import Environment, Moment
 from sim.loop import SimLoop, run
 
 T = TypeVar("T")
+
+
+class WatchedMoment(Moment):
+    """One that the loop does not take from the queue by itself: it leaves it to `step`."""
+
+    __slots__ = ()
 
 
 class Watched(Environment):
@@ -22,9 +29,25 @@ class Watched(Environment):
 
     check: Callable[[], None] = staticmethod(lambda: None)
 
+    def at(
+        self,
+        moment: float,
+        callback: Callable[[Moment], None],
+        rank: int = 1,
+        value: object = None,
+    ) -> Moment:
+        happens = WatchedMoment(callback, value)
+        heappush(self._queue, (moment, rank, next(self._eid), happens))  # type: ignore[misc]
+        return happens
+
     def step(self) -> None:
         self.check()
-        super().step()
+        queue: Any = self._queue
+        if type(queue[0][3]) is WatchedMoment:
+            self._now, _, _, happens = heappop(queue)
+            happens.callback(happens)
+        else:
+            super().step()
 
 
 def simulate(main: Coroutine[Any, Any, T]) -> T:

@@ -13,13 +13,14 @@ from random import Random
 import msgspec
 import pytest
 from adapter_files import write_adapter
-from harness import FakeLoader, ref, simulate
+from harness import FakeLoader, after_every_event, ref, simulate
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine_worker.protocol import AdapterId, Info, LoadReply, LoadRequest, State, WireError
 from engine_worker.service import StateFeed, Tiers, WorkerError, WorkerService
 from router.core.claims import PATIENCES
+from router.core.demand import MEMORY_S
 from router.core.fleet import Fleet, LoadRefusedError, Report, Worker
 from router.core.job import AdapterRef, Job
 from router.core.policies import POLICIES
@@ -187,6 +188,13 @@ class Bench:
         job = Job(str(self._jobs), ref(adapter) if adapter else None)
         return await self.routers[router].serve(job, hold_s)
 
+    def check_reach(self) -> None:
+        """Who has a slot to give is within reach of an adapter that nobody holds, and no other is."""
+        for router in self.routers:
+            fleet = router.router.fleet
+            reach = [worker for worker in fleet.ready if worker.slots.spare]
+            assert list(fleet.within_reach(ref("nowhere"))) == reach
+
     async def close(self) -> None:
         for worker in self.shared.values():
             occupancy = worker.service._arbiter.occupancy()
@@ -224,6 +232,7 @@ def test_every_request_of_every_router_ends_well(
 ) -> None:
     async def main() -> None:
         bench = Bench(folder, slots=slots, policy=policy)
+        after_every_event(bench.check_reach)
         async with asyncio.timeout(500):
             await asyncio.gather(*(bench.ask(*one) for one in asked))
         await bench.close()
@@ -267,3 +276,56 @@ def test_adapters_in_constant_use_by_others_make_room(folder: Path) -> None:
         return took_s
 
     assert simulate(main()) < 5.0
+
+
+@pytest.mark.parametrize("policy", ["affinity", "cost", "round_robin"])
+def test_a_slot_that_others_have_let_go_of_is_found_in_a_large_fleet(policy: str) -> None:
+    async def main() -> str:
+        router = Router(Fleet("base"), POLICIES[policy](Random(0)), FakeLoader(0.1))
+        for number in range(64):
+            worker = Worker(f"w{number}", max_ongoing=8, slots=1, rank=number)
+            router.add_worker(worker)
+            for others in (0, 1, 2):
+                used = (ref("a"),) if others else ()
+                router.observe(worker, Report(seq=1, gpu=(ref("a"),), others=others, used=used))
+        router.observe(worker, Report(seq=1, gpu=(ref("a"),)))
+        async with asyncio.timeout(0.5), router.lease(Job("1", ref("b"))) as lease:
+            return lease.worker.id
+
+    assert simulate(main()) == "w63"
+
+
+def test_a_job_that_is_refused_is_no_new_demand() -> None:
+    async def main() -> float:
+        router = Router(Fleet("base"), POLICIES["cost"](Random(0)), FakeLoader(0.0))
+        worker = Worker("w0", max_ongoing=8, slots=1)
+        router.add_worker(worker)
+        job = Job("1", ref("a"))
+        for _ in range(20):
+            async with router.lease(job) as lease:
+                lease.refused(full=True)
+            router.observe(worker, Report(seq=1, gpu=(ref("a"),)))
+        loop = asyncio.get_running_loop()
+        return router.fleet.demand.rate(ref("a"), loop.time()) * MEMORY_S
+
+    assert simulate(main()) <= 1.0
+
+
+@pytest.mark.parametrize("policy", ["affinity", "cost"])
+def test_a_tenant_beyond_its_share_leaves_a_place_that_other_routers_have_not_taken(
+    policy: str,
+) -> None:
+    async def main() -> None:
+        fleet = Fleet("base")
+        worker = Worker("w0", max_ongoing=4, slots=1)
+        fleet.add(worker)
+        for tenant in ("a", "b"):
+            fleet.tenants.arrived(tenant, 0.0)
+        fleet.observe(worker, Report(others=1))
+        for _ in range(2):
+            fleet.reserve(worker, None, "a")
+        made = POLICIES[policy](Random(0))
+        assert made.place(Job("1", None, tenant="b"), fleet, 0.0).worker is worker
+        assert made.place(Job("2", None, tenant="a"), fleet, 0.0).worker is None
+
+    simulate(main())

@@ -141,6 +141,7 @@ async def test_a_body_that_is_no_request_is_400(body: bytes) -> None:
     with pytest.raises(WorkerError, match="not a LoadRequest") as error:
         await Bench().service.load(body)
     assert error.value.status == 400
+    assert msgspec.json.decode(error.value.body()).keys() == {"error"}, "a client may read it"
 
 
 async def test_a_base_model_alone_loads_nothing(adapter: Path) -> None:

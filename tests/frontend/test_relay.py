@@ -32,8 +32,10 @@ from plane import (
     until,
 )
 
+from router.config import RecordConfig
 from router.frontend.relay import Passage
 from router.telemetry.answer import Answer
+from router.telemetry.recorder import Recorder
 from router.telemetry.usage import Usage
 from router.workers.upstream import (
     HEAD_MAX_BYTES,
@@ -418,6 +420,58 @@ async def test_where_the_end_of_the_connection_is_that_of_the_answer_a_cut_is_a_
         go_on.set()
         assert await client.was_reset() is old
         await made.settled({"worker_failed": 1})
+
+
+@on_uvloop
+async def test_an_answer_to_the_end_of_a_connection_that_the_router_closes_is_a_reset() -> None:
+    """As of a worker that is taken for gone: what has come is no whole answer."""
+    stay = asyncio.Event()
+
+    async def script(side: WorkerSide) -> None:
+        await side.asked()
+        side.send(TO_THE_END)
+        await stay.wait()
+
+    async with plane(script) as made:
+        client = await made.client()
+        client.send(post())
+        await client.until(b"[DONE]\n\n")
+        made.pool.links["w0"].upstreams.close()
+        assert await client.was_reset()
+        await made.settled({"worker_failed": 1})
+
+
+FULL = b"x-lorayard-refused: full"
+REFUSALS = {
+    "short": answer(b"{}", FULL, status=b"503 Service Unavailable"),
+    "long": b"HTTP/1.1 503 No\r\n%b\r\ncontent-length: 100000000\r\n\r\n" % FULL + b"x" * 1000,
+    "without an end": b"HTTP/1.1 503 No\r\n%b\r\n\r\n" % FULL + b"x" * 1000,
+    "in chunks": STREAM_HEAD.replace(b"200 OK", b"503 No\r\n" + FULL) + chunk(b"x" * 1000),
+}
+
+
+@pytest.mark.parametrize("raw", REFUSALS.values(), ids=REFUSALS)
+@on_uvloop
+async def test_a_refusal_costs_no_retry_and_its_content_is_not_waited_for(raw: bytes) -> None:
+    async with plane(*once_each(raw, WHOLE), max_retries=0) as made:
+        reply = await made.ask(post(b'{"model": "base", "prompt": "' + b"y" * 100_000 + b'"}'))
+        assert reply.status == 200
+        await made.settled({"completed": 1})
+        assert made.retries() == 0
+
+
+@on_uvloop
+async def test_a_recording_counts_retries_and_no_refusals(tmp_path: Path) -> None:
+    gone = answer(b"{}", b"x-lorayard-refused: adapter_gone", status=b"503 Service Unavailable")
+    failed = answer(status=b"503 Service Unavailable")
+    async with plane(*once_each(gone, failed, WHOLE)) as made:
+        config = RecordConfig(path=str(tmp_path / "traffic.jsonl"))
+        made.frontend._recorder = recorder = Recorder.open(config, made.metrics)
+        assert (await made.ask(post(b'{"model": "base:a"}'))).status == 200
+        await made.settled({"completed": 1})
+        await recorder.aclose()
+        (row,) = map(json.loads, (tmp_path / "traffic.jsonl").read_bytes().splitlines())
+        assert row["extra"]["retries"] == made.retries() == 1
 
 
 def reset(side: WorkerSide) -> None:

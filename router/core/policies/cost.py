@@ -197,7 +197,7 @@ class _Weighing:
             return Drop.OVERLOADED if worker.accepting else Drop.NOT_ACCEPTING
         # `Worker.can_serve` written out.
         places, tenant = worker.places, job.tenant
-        may = places.tenants.alone or places.may_open(tenant, worker.max_ongoing - worker.in_flight)
+        may = places.tenants.alone or places.may_open(tenant, worker.max_ongoing - worker.ongoing)
         if not may or (adapter is not None and not worker.slots.can_serve(adapter, tenant)):
             return Drop.NO_SLOT
         if self.held and adapter is not None and _is_kept(worker.slots, adapter):
