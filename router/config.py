@@ -379,7 +379,7 @@ def _check(llm: LLMConfig, path: str, lines: _Lines) -> None:
             f"{path}.attach" if llm.attach else f"{path}.engine",
         )
     for index, url in enumerate(llm.attach):
-        if not re.match(r"^(https?://[^/\s]+|unix:/\S+)/?$", url):
+        if not re.match(r"^(https?://[^/\s@]+|unix:/\S+)/?$", url):
             raise lines.error(
                 f"`{url}` is no address of a worker; write http://HOST:PORT or unix:/PATH",
                 f"{path}.attach[{index}]",

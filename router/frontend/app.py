@@ -30,10 +30,15 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def application(
-    models: Models, metrics: Metrics, keys: Keys, *, max_body_bytes: int
+    models: Models,
+    metrics: Metrics,
+    keys: Keys,
+    *,
+    max_body_bytes: int,
+    closing: Callable[[], bool],
 ) -> web.Application:
-    """The application over the models that are served."""
-    pages = _Pages(models, metrics)
+    """The application over the models that are served. `closing` is whether it takes no more."""
+    pages = _Pages(models, metrics, closing)
     app = web.Application(
         middlewares=[_stamped(keys, max_body_bytes)], client_max_size=max_body_bytes
     )
@@ -92,8 +97,9 @@ def _answer(error: ApiError) -> web.Response:
 class _Pages:
     """The answers."""
 
-    def __init__(self, models: Models, metrics: Metrics) -> None:
+    def __init__(self, models: Models, metrics: Metrics, closing: Callable[[], bool]) -> None:
         self._models = models
+        self._closing = closing
         self._metrics = metrics
         self._created = int(time.time())
 
@@ -102,7 +108,8 @@ class _Pages:
 
     async def ready(self, _: web.Request) -> web.Response:
         states = {model.model_id: model.ready for model in self._models}
-        ready = all(states.values())
+        # Who asks sends requests elsewhere then, while those that run here end.
+        ready = all(states.values()) and not self._closing()
         return web.json_response({"ready": ready, "models": states}, status=200 if ready else 503)
 
     async def metrics(self, _: web.Request) -> web.Response:

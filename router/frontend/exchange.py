@@ -143,7 +143,7 @@ class Exchange:
             if not self._begun:
                 raise
             log.exception("%s: a fault of the router", self._request.id)
-            raise AnswerCutError("the router failed", client_gone=False) from error
+            raise AnswerCutError("the router failed", Outcome.ROUTER_FAILED) from error
         finally:
             self._ended()
 
@@ -282,10 +282,10 @@ class Exchange:
             self._model.router.disown(lease.worker, adapter)
             raise AdapterNotThereError("it has lost the adapter") from None
         except AnswerCutError as error:
-            self.outcome = Outcome.CLIENT_GONE if error.client_gone else Outcome.WORKER_FAILED
+            self.outcome = error.outcome
             self._count(lease, answer)
             # What a client does, any number of clients may do at once.
-            level = logging.INFO if error.client_gone else logging.WARNING
+            level = logging.INFO if error.outcome is Outcome.CLIENT_GONE else logging.WARNING
             log.log(level, "%s: answer of %s was cut off: %s", job.id, worker_id, error)
             raise
         if status >= FAILED_FROM:

@@ -15,6 +15,7 @@ from http import HTTPStatus
 from typing import Final, Protocol
 
 from engine_worker.protocol import REFUSED_HEADER
+from router.core.job import Outcome
 from router.frontend.request import HOP_BY_HOP
 from router.telemetry.answer import Answer
 from router.workers.upstream import (
@@ -39,11 +40,11 @@ STATUS_LINES: Final = {
 
 
 class AnswerCutError(Exception):
-    """The worker failed within its answer, or the client went away; the connection is broken."""
+    """The worker failed within its answer, or the client went away; `outcome` says which."""
 
-    def __init__(self, message: str, *, client_gone: bool) -> None:
+    def __init__(self, message: str, outcome: Outcome) -> None:
         super().__init__(message)
-        self.client_gone = client_gone
+        self.outcome = outcome
 
 
 class AdapterNotThereError(Exception):
@@ -210,8 +211,12 @@ class Passage:
             return
         upstream = self._client.upstream
         slow = upstream is not None and upstream.paused and isinstance(error, WorkerStalledError)
-        text = "the client takes nothing" if slow else str(error)
-        self._end(AnswerCutError(text, client_gone=slow))
+        if slow:
+            self._end(AnswerCutError("the client takes nothing", Outcome.CLIENT_GONE))
+        elif isinstance(error, WorkerStalledError):
+            self._end(AnswerCutError(str(error), Outcome.WORKER_STALLED))
+        else:
+            self._end(AnswerCutError(str(error), Outcome.WORKER_FAILED))
 
     def _end(self, error: Exception | None) -> None:
         self._client.upstream = None

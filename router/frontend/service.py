@@ -54,7 +54,13 @@ class Frontend:
         self._fewer = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        app = application(models, metrics, keys, max_body_bytes=config.max_body_bytes)
+        app = application(
+            models,
+            metrics,
+            keys,
+            max_body_bytes=config.max_body_bytes,
+            closing=lambda: self.closing,
+        )
         self._pages = web.AppRunner(
             app,
             handler_cancellation=True,

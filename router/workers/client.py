@@ -80,6 +80,9 @@ class WorkerClient(Protocol):
     def states(self) -> AsyncIterator[State]:
         """Follow the worker's state for as long as it lives. Raises `WorkerUnreachableError`."""
 
+    async def info(self) -> Info | None:
+        """What the worker is now, None where it does not say. Raises `WorkerUnreachableError`."""
+
     async def close(self) -> None:
         """Close its connections."""
 
@@ -214,6 +217,10 @@ class EngineWorkerClient:
             raise WorkerUnreachableError(f"{self._worker_id}: {describe(error)}") from None
         raise WorkerUnreachableError(f"{self._worker_id} has ended its state stream")
 
+    async def info(self) -> Info | None:
+        """Ask it."""
+        return await read_info(self.session, self.url)
+
     async def close(self) -> None:
         """Close its connections."""
         self.upstreams.close()
@@ -324,6 +331,10 @@ class StockVllmClient:
             raise WorkerUnreachableError(f"{self._worker_id}: {describe(error)}") from None
         running, waiting, kv_usage = values.values()
         return State(seq=-1, running=int(running), waiting=int(waiting), kv_usage=kv_usage)
+
+    async def info(self) -> Info | None:
+        """It has no such route."""
+        return None
 
     async def close(self) -> None:
         """Close its connections."""

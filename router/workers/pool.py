@@ -263,7 +263,7 @@ class WorkerPool:
         router.add_worker(worker)
         if not first.done():
             first.set_result(None)
-        following = asyncio.create_task(self._follow(worker, client, router, process))
+        following = asyncio.create_task(self._follow(worker, client, router, info))
         ends: list[asyncio.Task[object]] = [following]
         if process is not None:
             ends.append(asyncio.create_task(process.wait()))
@@ -282,11 +282,13 @@ class WorkerPool:
             await client.close()
 
     async def _follow(
-        self, worker: Worker, client: WorkerClient, router: Router, process: WorkerProcess | None
+        self, worker: Worker, client: WorkerClient, router: Router, info: Info | None
     ) -> None:
         """Take the worker's states to the router.
 
-        While a launched worker is silent it gets no new requests, and one that stays silent is ended.
+        While an engine worker is silent it gets no new requests, and what runs there goes on: it may be
+        busy, or end what it has before it stops. One that stays silent is given up. A stock server, and
+        an engine that was started again, are anew at once: nothing that was known of them holds.
         """
         loop = asyncio.get_running_loop()
         silent_since: float | None = None
@@ -299,7 +301,7 @@ class WorkerPool:
                         router.set_accepting(worker, accepting=True)
                     router.observe(worker, self._report(state))
             except WorkerUnreachableError as error:
-                if process is None:
+                if info is None:
                     raise
                 if silent_since is None:
                     silent_since = loop.time()
@@ -310,6 +312,7 @@ class WorkerPool:
                         f"{worker.id} was silent for {SILENT_MAX_S:g} s"
                     ) from None
                 await asyncio.sleep(BACKOFF_MIN_S)
+                await _check_same(worker, client, info)
 
     def _report(self, state: State) -> Report:
         return Report(
@@ -330,3 +333,13 @@ class WorkerPool:
 
 def _wire(adapter: AdapterRef) -> AdapterId:
     return AdapterId(adapter.model_id, adapter.version)
+
+
+async def _check_same(worker: Worker, client: WorkerClient, info: Info) -> None:
+    """Raise `WorkerUnreachableError` if another engine answers there now."""
+    try:
+        now = await client.info()
+    except WorkerUnreachableError:
+        return  # silent still
+    if now is None or now.pid != info.pid:
+        raise WorkerUnreachableError(f"{worker.id} was started again")

@@ -317,6 +317,43 @@ def test_a_killed_router_takes_its_own_streams_alone_and_comes_back(
         all_right(run_apart(ask_all(deployment, [[NAMES[0]]] * 16)))
 
 
+def test_workers_that_are_silent_for_a_while_lose_no_stream(tmp_path: Path, adapters: Path) -> None:
+    with deployed(config_of(adapters, processes=2), tmp_path, ENVIRONMENT) as deployment:
+        parts = routers(deployment).values()
+        guardians = [pid for pid in children(deployment.process.pid) if pid not in parts]
+        engines = [engine for guardian in guardians for engine in children(guardian)]
+        count, tokens = 12, 150
+
+        def accepting(wanted: int) -> None:
+            wait_until(
+                lambda: deployment.metric("lorayard_worker_accepting") == wanted,
+                f"{wanted} accept",
+                20,
+            )
+
+        async def main() -> list[int]:
+            begun: Counter[str] = Counter()
+            async with clients(deployment, count) as sessions:
+                streams = [
+                    asyncio.create_task(stream(session, MODEL, tokens, begun))
+                    for session in sessions
+                ]
+                while begun["streams"] < count:
+                    await asyncio.sleep(0.01)
+                for engine in engines:
+                    os.kill(engine, signal.SIGSTOP)
+                try:
+                    await asyncio.to_thread(accepting, 0)
+                finally:
+                    for engine in engines:
+                        os.kill(engine, signal.SIGCONT)
+                return await asyncio.gather(*streams)
+
+        assert len(engines) == 2
+        assert run_apart(main()) == [tokens] * count
+        accepting(2 * 2)
+
+
 def test_a_killed_supervisor_leaves_nothing(tmp_path: Path, adapters: Path) -> None:
     deployment = Deployment(config_of(adapters), tmp_path, ENVIRONMENT)
     try:

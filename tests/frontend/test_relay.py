@@ -619,7 +619,7 @@ async def test_a_worker_that_stalls_within_its_answer_is_cut_off() -> None:
         forward(31)
         with pytest.raises(h11.RemoteProtocolError):
             body_of(STREAM_HEAD + await client.rest())
-        await made.settled({"worker_failed": 1})
+        await made.settled({"worker_stalled": 1})
 
 
 @on_a_clock_that_jumps
