@@ -114,7 +114,6 @@ format: $(VENV)/.test  ## format the code
 	$(VENV)/bin/ruff check --fix
 
 bench: $(VENV)/.test  ## measure the router's cost and the simulator's speed on emulated engines
-	$(PY) -m benchmarks.router_overhead
 	$(PY) -m benchmarks.recorder_overhead
 	$(PY) -m benchmarks.simulator_speed
 	$(PY) -m benchmarks.decisions

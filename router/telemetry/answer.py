@@ -11,7 +11,7 @@ from typing import Final
 
 from router.telemetry.usage import Usage, read_usage
 
-TAIL_BYTES: Final = 4096
+TAIL_BYTES: Final = 2048
 TAIL_MAX_BYTES: Final = TAIL_BYTES * 3 // 2  # then it is cut to that: each stream holds one
 EVENT_STREAM: Final = "text/event-stream"
 EVENT_END: Final = b"\n\n"
