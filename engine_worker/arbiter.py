@@ -18,6 +18,8 @@ from engine_worker.protocol import AdapterId, Occupancy, Refusal
 
 # How long what was loaded waits for the request that it was loaded for.
 CLAIM_S: Final = 1.0
+LOADS_NAMED_MAX: Final = 4096  # adapters whose loads are counted by name
+OTHER: Final = "other"
 
 
 class RefusedError(Exception):
@@ -132,7 +134,9 @@ class Arbiter:
                 self._claims.pop(victim, None)
         if loaded:
             self._held[adapter] = path
-            self._loads[adapter.name] = self._loads.get(adapter.name, 0) + 1
+            named = adapter.name in self._loads or len(self._loads) < LOADS_NAMED_MAX
+            name = adapter.name if named else OTHER
+            self._loads[name] = self._loads.get(name, 0) + 1
 
     def used(self, adapters: Iterable[AdapterId]) -> bool:
         """Whether a request for one of them is in flight."""

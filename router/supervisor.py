@@ -39,7 +39,7 @@ from router.workers.keeper import (
     life_ended,
     socket_folder,
 )
-from router.workers.pool import SILENT_MAX_S
+from router.workers.pool import LAUNCHED_TOKEN_ENV, SILENT_MAX_S
 from router.workers.process import KILL_GRACE_S, WorkerProcess
 
 log = logging.getLogger("lorayard")
@@ -237,7 +237,7 @@ class _RouterProcess:
 
     def __init__(self, part: Part, token: str) -> None:
         self._part = part
-        self._environment = {**os.environ, TOKEN_ENV: token}
+        self._environment = {**os.environ, LAUNCHED_TOKEN_ENV: token}
         self._process: asyncio.subprocess.Process | None = None
         self._life: asyncio.Task[None] | None = None
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()

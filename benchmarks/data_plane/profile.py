@@ -74,7 +74,8 @@ def summary(lines: Iterable[str]) -> str:
         if any(frame.startswith(WAITS) for frame in frames):
             continue
         total += int(count)
-        files[frames[-1].rpartition(" (")[2].rstrip(")").rpartition("/")[2]] += int(count)
+        place = frames[-1].rpartition(" (")[2].rstrip(")")
+        files[place.rpartition("/")[2].partition(":")[0]] += int(count)
         itself[frames[-1]] += int(count)
         for frame in dict.fromkeys(frames):
             within[frame] += int(count)

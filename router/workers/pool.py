@@ -45,6 +45,9 @@ from router.workers.upstream import UpstreamPool
 
 log = logging.getLogger("lorayard.workers")
 
+# Set by a supervisor for its router processes: the token of the workers that it launched, which no
+# server elsewhere is to hear.
+LAUNCHED_TOKEN_ENV: Final = "LORAYARD_LAUNCHED_WORKER_TOKEN"  # noqa: S105  (the name of a variable)
 SILENT_MAX_S: Final = 30.0
 # Of one on this host it costs nothing to ask whether it is there.
 BACKOFF_LOCAL_S: Final = 0.5
@@ -190,7 +193,7 @@ class WorkerPool:
         backoff_s = BACKOFF_MIN_S
         told = False
         while True:
-            token = os.environ.get(TOKEN_ENV) or None
+            token = (local and os.environ.get(LAUNCHED_TOKEN_ENV)) or os.environ.get(TOKEN_ENV)
             session, url = open_session(address, token, self._router_id)
             upstreams = UpstreamPool(address, token, self._router_id)
             try:
