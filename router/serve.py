@@ -7,10 +7,9 @@ are told to stop, the process ends. A second signal cuts the wait short.
 import asyncio
 import gc
 import logging
-import signal
 import socket
 from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from typing import Final
 
 import prometheus_client
 
@@ -20,6 +19,7 @@ from router.frontend.models import Models
 from router.frontend.service import Frontend
 from router.model import ModelService
 from router.part import Alone, Part, bound
+from router.stopping import listen_for_signals, until_started
 from router.telemetry.metrics import Metrics
 from router.telemetry.recorder import Recorder
 from router.workers.devices import gpus_per_worker, this_machine
@@ -34,15 +34,7 @@ async def serve(config: Config, part: Part | None = None) -> None:
     Raises `OSError` where the port cannot be had, `RecordError` where the recording's file cannot,
     `StoreError` where a store cannot be read, and `WorkerStartError` where a worker does not come up.
     """
-    stop = asyncio.Event()
-    hurry = asyncio.Event()
-
-    def on_signal() -> None:
-        (hurry if stop.is_set() else stop).set()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
+    stop, hurry = listen_for_signals()
     settings = config.router
     listener = bound(settings.host, settings.port, shared=part is not None)
     prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -63,7 +55,7 @@ async def serve(config: Config, part: Part | None = None) -> None:
                 await model.start()
             address = url_of(listener)
             log.info("listening on %s/v1, waiting for workers", address)
-            await _until_started(models, stop)
+            await until_started(*(model.started() for model in models), stop=stop)
             _collect_seldom()
             if not stop.is_set():
                 text = announcement(address, models, with_key=bool(keys))
@@ -104,20 +96,6 @@ def _services(config: Config, metrics: Metrics) -> Iterator[ModelService]:
         yield ModelService(llm, config.router, metrics, machine, place)
         if llm.engine == "vllm":
             place += llm.replicas * gpus_per_worker(llm)
-
-
-async def _until_started(models: Sequence[ModelService], stop: asyncio.Event) -> None:
-    starting = asyncio.gather(*(model.started() for model in models))
-    stopping = asyncio.ensure_future(stop.wait())
-    ends: tuple[asyncio.Future[Any], ...] = (starting, stopping)
-    try:
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        if starting.done():
-            starting.result()
-    finally:
-        stopping.cancel()
-        starting.cancel()
-        await asyncio.gather(starting, return_exceptions=True)
 
 
 async def _drain(frontend: Frontend, hurry: asyncio.Event, timeout_s: float) -> None:

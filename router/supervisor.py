@@ -16,13 +16,12 @@ import logging
 import math
 import os
 import secrets
-import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from random import SystemRandom
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
@@ -30,6 +29,7 @@ from engine_worker.protocol import TOKEN_ENV
 from router.adapters.cache import default_cache_dir
 from router.config import Config, LLMConfig, RouterConfig, TenantConfig
 from router.part import Part, bound
+from router.stopping import listen_for_signals, until_started
 from router.workers.client import WorkerUnreachableError, is_healthy, open_session
 from router.workers.devices import gpus_per_worker, this_machine
 from router.workers.keeper import (
@@ -98,14 +98,7 @@ async def supervise(config: Config, log_level: str) -> None:
     Raises `OSError` where the port cannot be had, `WorkerStartError` where a worker does not come up,
     and `PartStartError` where a router process does not.
     """
-    stop, hurry = asyncio.Event(), asyncio.Event()
-
-    def on_signal() -> None:
-        (hurry if stop.is_set() else stop).set()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
+    stop, hurry = listen_for_signals()
     settings = config.router
     with contextlib.ExitStack() as held:
         if settings.port:
@@ -141,7 +134,11 @@ async def supervise(config: Config, log_level: str) -> None:
                     keeper.start(partial(_watch, token))
                 for part in parts:
                     part.start()
-                await _until_started(keepers, parts, stop)
+                await until_started(
+                    *(keeper.started() for keeper in keepers if keeper),
+                    *(part.ready for part in parts),
+                    stop=stop,
+                )
                 if not stop.is_set():
                     print(parts[0].announcement, flush=True)  # noqa: T201
                 await stop.wait()
@@ -210,26 +207,6 @@ async def _watch(
     finally:
         ended.cancel()
         await session.close()
-
-
-async def _until_started(
-    keepers: Sequence[WorkerKeeper | None],
-    parts: Sequence["_RouterProcess"],
-    stop: asyncio.Event,
-) -> None:
-    starting = asyncio.gather(
-        *(keeper.started() for keeper in keepers if keeper), *(part.ready for part in parts)
-    )
-    stopping = asyncio.ensure_future(stop.wait())
-    ends: tuple[asyncio.Future[Any], ...] = (starting, stopping)
-    try:
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        if starting.done():
-            starting.result()
-    finally:
-        stopping.cancel()
-        starting.cancel()
-        await asyncio.gather(starting, return_exceptions=True)
 
 
 class _RouterProcess:
