@@ -45,6 +45,9 @@ class LoraConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     `accepted_base_models` names further values of `base_model_name_or_path` that adapters may carry;
     `eviction` says which idle adapter leaves for another, and `pinned_adapters` never do.
+    `rollout_weight` is the share of requests that a new version of an adapter gets when it is ready: 1
+    and it serves all, 0 and it waits for its promotion. One that serves and fails more often than all
+    else is rolled back within its first `rollback_window_s`.
     """
 
     dynamic_lora_loading_path: str
@@ -54,6 +57,8 @@ class LoraConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     accepted_base_models: tuple[str, ...] = ()
     eviction: Eviction = Eviction.LRU
     pinned_adapters: tuple[str, ...] = ()
+    rollout_weight: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
+    rollback_window_s: Seconds = 600.0
 
 
 class AutoscalingConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

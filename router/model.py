@@ -13,12 +13,15 @@ from router.adapters.cache import AdapterCache, default_cache_dir
 from router.adapters.catalog import AdapterCatalog
 from router.adapters.open import open_store
 from router.adapters.validate import adapter_rules
-from router.config import ConfigError, LLMConfig, RouterConfig
+from router.config import ConfigError, LLMConfig, LoraConfig, RouterConfig
 from router.core.fleet import Fleet
-from router.core.job import AdapterRef
+from router.core.job import AdapterRef, AdapterUse
 from router.core.policies import POLICIES
 from router.core.router import Router
 from router.core.timing import EngineTimes
+from router.lifecycle.adapters import Adapters
+from router.lifecycle.operations import Operations
+from router.lifecycle.sources import Sources
 from router.telemetry.metrics import Metrics
 from router.workers.devices import NOTHING, Machine
 from router.workers.pool import WorkerPool
@@ -26,6 +29,7 @@ from sim.latency import DEFAULT, CalibrationError, LatencyModel, engine_times, r
 
 log = logging.getLogger("lorayard")
 RANK_DEFAULT: Final = 16  # vLLM's
+LISTING_GRACE_S: Final = 2.0
 
 
 def _expected_times(llm: LLMConfig) -> EngineTimes:
@@ -53,24 +57,15 @@ class ModelService:
         self.llm = llm
         self.model_id = llm.model_id
         cache_dir = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
-        self.catalog: AdapterCatalog | None = None
-        self._cache: AdapterCache | None = None
+        self.adapters: Adapters | None = None
         if llm.lora_config is not None:
-            store = open_store(llm.lora_config.dynamic_lora_loading_path)
-            self.catalog = AdapterCatalog(store, refresh_s=config.store_refresh_s)
-            self._cache = AdapterCache(
-                store,
-                cache_dir / "adapters" / quote(llm.model_id, safe=""),
-                adapter_rules(llm),
-                timeout_s=llm.lora_config.download_timeout_s,
-                max_tries=llm.lora_config.max_download_tries,
-            )
+            folder = cache_dir / "adapters" / quote(llm.model_id, safe="")
+            self.adapters = _adapters(llm, llm.lora_config, config, folder)
         self.pool = WorkerPool(
             llm,
             config,
             log_dir=Path(config.log_dir) if config.log_dir else cache_dir / "logs",
-            catalog=self.catalog,
-            cache=self._cache,
+            adapters=self.adapters,
             machine=machine,
             first_place=first_place,
         )
@@ -88,72 +83,68 @@ class ModelService:
         )
         watch = metrics.watch(llm.model_id, self.router, config.explain_sample)
         self.router.set_observer(watch)
-        self._pins: dict[str, AdapterRef] = {}
-        self._pins_missing: tuple[str, ...] = ()
-        self._refreshing: asyncio.Task[None] | None = None
+        self.lifecycle = Operations(llm.model_id, self.adapters, self.router, self.pool)
+        self._listing: asyncio.Task[None] | None = None
+
+    @property
+    def catalog(self) -> AdapterCatalog | None:
+        """Which adapters there are; None where there can be none."""
+        return None if self.adapters is None else self.adapters.catalog
 
     async def start(self) -> None:
-        """Read the listing and begin to start the workers. Raises `StoreError`, `OSError`."""
-        if self.catalog is not None and self._cache is not None:
-            await asyncio.to_thread(self._cache.prepare)
-            await self.catalog.refresh()
-            log.info("%s: %d adapters in the store", self.model_id, len(self.catalog.names))
-            self._pin()
-            self._refreshing = asyncio.create_task(self.catalog.keep_fresh(self._refreshed))
+        """Begin to start the workers, and to read the listing. Raises `RegistryError`, `OSError`."""
+        if self.adapters is not None:
+            await asyncio.to_thread(self.adapters.cache.prepare)
+            self.adapters.start(self.router)
+            self._listing = asyncio.create_task(self._list(self.adapters))
         self.pool.start(self.router)
 
+    async def _list(self, adapters: Adapters) -> None:
+        count = await adapters.refresh()
+        log.info("%s: %d adapters in the store", self.model_id, count)
+        adapters.keep_fresh()
+
     async def started(self) -> None:
-        """Return when every worker can serve. Raises `WorkerStartError`."""
-        await self.pool.started()
-        self._warm_pins()
+        """Return when every worker can serve. Raises `WorkerStartError`, and `StoreError`.
 
-    def _refreshed(self) -> None:
-        self._pin()
-        self._warm_pins()
+        A store that cannot be read is told at once; a listing that takes long is not waited for.
+        """
+        workers = asyncio.ensure_future(self.pool.started())
+        try:
+            if self._listing is not None:
+                await asyncio.wait({workers, self._listing}, return_when=asyncio.FIRST_COMPLETED)
+                if not self._listing.done():
+                    await asyncio.wait({self._listing}, timeout=LISTING_GRACE_S)
+                if self._listing.done():
+                    self._listing.result()
+            await workers
+        finally:
+            workers.cancel()
+        if self.adapters is not None:
+            self.adapters.preload()
 
-    def _pin(self) -> None:
-        """Pin what the configuration names, at the version that is listed now."""
-        assert self.catalog is not None
-        listed = {name: self.catalog.get(name) for name in self.llm.pinned}
-        missing = tuple(name for name, stored in listed.items() if stored is None)
-        if missing and missing != self._pins_missing:
-            log.warning(
-                "%s: pinned_adapters that are not in the store: %s; put them there, or correct "
-                "the names",
-                self.model_id,
-                ", ".join(missing),
-            )
-        self._pins_missing = missing
-        for name, stored in listed.items():
-            pin = AdapterRef(self.model_id, name, stored.version) if stored else None
-            before = self._pins.get(name)
-            if pin == before:
-                continue
-            if before is not None:
-                self.router.pin(before, pinned=False)
-                del self._pins[name]
-            if pin is not None:
-                self.router.pin(pin, pinned=True)
-                self._pins[name] = pin
-
-    def _warm_pins(self) -> None:
-        """Load those that nobody holds, on one worker after another; under traffic the core does it."""
-        fleet = self.router.fleet
-        workers = [worker for worker in fleet if worker.accepting]
-        for number, pin in enumerate(self._pins.values()):
-            if workers and not fleet.holders(pin):
-                self.router.warm(workers[number % len(workers)], pin)
-
-    async def find(self, name: str, *, afresh: bool = False) -> AdapterRef | None:
-        """The adapter of that name, or None; looked up in the store now if `afresh`.
+    async def find(
+        self, name: str, user: str = "", *, afresh: bool = False
+    ) -> AdapterRef | None:
+        """The adapter of that name for a user, or None; looked up in the store now if `afresh`.
 
         Raises `StoreError`.
         """
-        if self.catalog is None:
+        adapters = self.adapters
+        if adapters is None:
             return None
-        stored = None if afresh else self.catalog.get(name)
-        stored = stored or await self.catalog.find(name, afresh=afresh)
-        return None if stored is None else AdapterRef(self.model_id, name, stored.version)
+        if not afresh and (known := adapters.named(name, user)) is not None:
+            return known
+        return await adapters.find(name, user, afresh=afresh)
+
+    async def instead_of(self, adapter: AdapterRef, why: str) -> AdapterRef | None:
+        """What serves in place of a version that no worker can load; None where nothing does."""
+        return None if self.adapters is None else await self.adapters.instead_of(adapter, why)
+
+    def ended(self, adapter: AdapterRef, use: AdapterUse | None, *, failed: bool) -> None:
+        """A request for the adapter has ended."""
+        if self.adapters is not None:
+            self.adapters.ended(adapter, use, failed=failed)
 
     @property
     def ready(self) -> bool:
@@ -162,7 +153,22 @@ class ModelService:
 
     async def stop(self, hurry: asyncio.Event) -> None:
         """End the workers, once nothing runs any more; at once if `hurry` is set."""
-        if self._refreshing is not None:
-            self._refreshing.cancel()
+        if self._listing is not None:
+            self._listing.cancel()
+        if self.adapters is not None:
+            await self.adapters.stop()
         await self.router.aclose()
         await self.pool.stop(hurry)
+
+
+def _adapters(llm: LLMConfig, lora: LoraConfig, config: RouterConfig, folder: Path) -> Adapters:
+    """The adapters of a model that has some."""
+    sources = Sources(open_store(lora.dynamic_lora_loading_path), open_store)
+    cache = AdapterCache(
+        sources,
+        folder,
+        adapter_rules(llm),
+        timeout_s=lora.download_timeout_s,
+        max_tries=lora.max_download_tries,
+    )
+    return Adapters(llm.model_id, lora, sources, cache, folder, refresh_s=config.store_refresh_s)

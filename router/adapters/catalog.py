@@ -1,14 +1,15 @@
 """Which adapters there are: a listing kept fresh, and a bounded memory of names that are not.
 
 Finding an adapter that is listed costs a look into a dict. A name that is not listed is looked up in
-the store, once at a time and not again for some seconds, so that asking for made-up names neither
-reaches a worker nor loads the store. Nothing that a client asks for makes anything here grow.
+the store, once at a time and not again for some seconds, and only so many of them a second: beyond
+that the listing is the answer. So asking for made-up names neither reaches a worker nor loads the
+store, and nothing that a client asks for makes anything here grow.
 """
 
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from anyio import CapacityLimiter, to_thread
@@ -20,69 +21,118 @@ log = logging.getLogger("lorayard.adapters")
 ABSENT_MAX: Final = 4096
 ABSENT_S: Final = 5.0
 LOOKUPS_MAX: Final = 16
+LOOKUPS_PER_S: Final = 50.0  # of names that are not listed
+LOOKUPS_BURST: Final = 200.0
 LOOKUP_TIMEOUT_S: Final = 10.0
 LIST_TIMEOUT_S: Final = 60.0
 
 
 class AdapterCatalog:
-    """The adapters of one store. `refresh_s` is how often the whole listing is read again."""
+    """The adapters of one store. `refresh_s` is how often the whole listing is read again.
+
+    `changes` rises whenever `names` may have changed.
+    """
 
     def __init__(self, store: AdapterStore, *, refresh_s: float) -> None:
         self._store = store
         self._refresh_s = refresh_s
         self._listed: dict[str, StoredAdapter] = {}
+        self._names: list[str] | None = None
         self._absent: OrderedDict[str, float] = OrderedDict()
         self._lookups: dict[str, asyncio.Task[StoredAdapter | None]] = {}
         self._threads = CapacityLimiter(LOOKUPS_MAX)
+        self._allowance = LOOKUPS_BURST
+        self._allowed_at = 0.0
+        self.changes = 0
 
     @property
     def names(self) -> list[str]:
-        """All that is listed, in order."""
-        return sorted(self._listed)
+        """All that is listed, in order; the list is the catalog's own."""
+        if self._names is None:
+            self._names = sorted(self._listed)
+        return self._names
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._listed
 
     def get(self, name: str) -> StoredAdapter | None:
-        """The adapter as listed, without looking."""
+        """The adapter as listed, without looking; its version may not be known yet."""
         return self._listed.get(name)
 
-    async def refresh(self) -> None:
-        """Read the whole listing. Raises `StoreError`, and then keeps the listing that it has."""
+    async def refresh(self) -> tuple[str, ...]:
+        """Read the whole listing; the names whose files are others now, those that are gone among them.
+
+        Raises `StoreError`, and then keeps the listing that it has.
+        """
         try:
             async with asyncio.timeout(LIST_TIMEOUT_S):
-                self._listed = await to_thread.run_sync(
+                listed = await to_thread.run_sync(
                     self._store.list, abandon_on_cancel=True, limiter=self._threads
                 )
         except TimeoutError:
             raise StoreError(f"{self._store.url}: no listing after {LIST_TIMEOUT_S:g} s") from None
+        before = self._listed
+        changed = [name for name in before if name not in listed]
+        changes = len(listed) != len(before) or bool(changed)
+        for name, adapter in listed.items():
+            known = before.get(name)
+            if known is None:
+                changes = True
+            elif known.revision != adapter.revision:
+                changed.append(name)
+            else:  # with the version, which a listing may not know
+                listed[name] = known
+        self._listed = listed
+        if changes:
+            self._renamed()
+        return tuple(changed)
 
-    async def keep_fresh(self, refreshed: Callable[[], None]) -> None:
-        """Refresh for ever, and say so; a store that cannot be read is logged and asked again."""
+    def _renamed(self) -> None:
+        self._names = None
+        self.changes += 1
+
+    async def keep_fresh(self, refreshed: Callable[[Iterable[str]], None]) -> None:
+        """Refresh for ever, and tell what changed; a store that cannot be read is asked again."""
         while True:
             await asyncio.sleep(self._refresh_s)
             try:
-                await self.refresh()
-                refreshed()
+                refreshed(await self.refresh())
             except StoreError as error:
                 log.warning("the listing is kept as it was: %s", error)
             except Exception:  # this must not end while the router runs
                 log.exception("the listing is kept as it was")
 
     async def find(self, name: str, *, afresh: bool = False) -> StoredAdapter | None:
-        """The adapter, or None where there is none of that name. Raises `StoreError`.
+        """The adapter with its version, or None where there is none of that name. Raises `StoreError`.
 
         `afresh` looks even for what is listed: it was found to have changed.
         """
-        adapter = None if afresh else self._listed.get(name)
-        if adapter is not None or not is_name(name):
+        adapter = self._listed.get(name)
+        if adapter is not None and adapter.version and not afresh:
             return adapter
-        now = asyncio.get_running_loop().time()
-        absent_since = self._absent.get(name)
-        if absent_since is not None and now - absent_since < ABSENT_S:
+        if not is_name(name):
             return None
         lookup = self._lookups.get(name)
         if lookup is None:
+            if adapter is None and not afresh and not self._may_look_up(name):
+                return None
             lookup = self._lookups[name] = asyncio.create_task(self._look_up(name))
             lookup.add_done_callback(lambda _: self._lookups.pop(name, None))
         return await asyncio.shield(lookup)
+
+    def _may_look_up(self, name: str) -> bool:
+        """Whether the store is asked for a name that is not listed."""
+        now = asyncio.get_running_loop().time()
+        absent_since = self._absent.get(name)
+        if absent_since is not None and now - absent_since < ABSENT_S:
+            return False
+        gained = (now - self._allowed_at) * LOOKUPS_PER_S
+        self._allowance = min(LOOKUPS_BURST, self._allowance + gained)
+        self._allowed_at = now
+        if self._allowance < 1.0:
+            return False
+        self._allowance -= 1.0
+        return True
 
     async def _look_up(self, name: str) -> StoredAdapter | None:
         try:
@@ -93,10 +143,13 @@ class AdapterCatalog:
         except TimeoutError:
             raise StoreError(f"{self._store.url}: no answer after {LOOKUP_TIMEOUT_S:g} s") from None
         if adapter is not None:
+            if name not in self._listed:
+                self._renamed()
             self._listed[name] = adapter
             self._absent.pop(name, None)
             return adapter
-        self._listed.pop(name, None)
+        if self._listed.pop(name, None) is not None:
+            self._renamed()
         self._absent[name] = asyncio.get_running_loop().time()
         self._absent.move_to_end(name)
         if len(self._absent) > ABSENT_MAX:

@@ -14,7 +14,7 @@ from typing import Final
 from engine_worker.protocol import Refusal
 from router.adapters.store import StoreError
 from router.config import RouterConfig
-from router.core.job import AdapterRef, Job, LoadError, LoadFault, Outcome, Rejected
+from router.core.job import AdapterRef, AdapterUse, Job, LoadError, LoadFault, Outcome, Rejected
 from router.core.lease import Lease
 from router.frontend.errors import ApiError, load_failed, model_not_found, rejected
 from router.frontend.head import BYTES_PER_TOKEN, Head
@@ -31,10 +31,13 @@ from router.workers.upstream import WorkerFailedError, WorkerRefusedError, Worke
 log = logging.getLogger("lorayard.frontend")
 
 SEGMENT: Final = re.compile(r"[A-Za-z0-9_.-]+")
+SESSION: Final = b"x-session-id"
 SESSION_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 PATHS_MAX: Final = 256
 REFUSED_FROM: Final = 400
 FAILED_FROM: Final = 500
+# Endings that speak against the version of an adapter, if they are many.
+FAILURES: Final = frozenset({Outcome.LOAD_FAILED, Outcome.WORKER_FAILED, Outcome.WORKER_STALLED})
 
 
 @lru_cache(maxsize=PATHS_MAX)
@@ -69,6 +72,7 @@ class Exchange:
         "_request",
         "_stamps",
         "_tokens",
+        "_use",
         "_worker_id",
         "outcome",
     )  # fmt: skip
@@ -100,6 +104,7 @@ class Exchange:
         self._looked_again = False
         self._begun = False  # bytes of an answer have gone to the client
         self._tokens = 0
+        self._use: AdapterUse | None = None
         self._worker_id = "none"
         self._stamps = ""
         self.outcome = Outcome.CLIENT_GONE  # until another is known: cancelled before an answer
@@ -117,7 +122,7 @@ class Exchange:
         )
         self._recording: Recording | None = None
         if recorder is not None:
-            session_id = request.get(b"x-session-id") or ""
+            session_id = request.get(SESSION) or ""
             self._recording = recorder.begin(
                 self._job,
                 model.model_id,
@@ -153,6 +158,9 @@ class Exchange:
         metrics.ended(name, self.outcome)
         if self._job.tenant:
             metrics.tenant_ended(name, self._job.tenant, self.outcome, self._tokens)
+        adapter = self._job.adapter
+        if adapter is not None:
+            self._model.ended(adapter, self._use, failed=self.outcome in FAILURES)
         if self._recording is not None:
             assert self._recorder is not None
             self._recorder.end(self._recording, self.outcome)
@@ -172,7 +180,7 @@ class Exchange:
                 self.outcome = Outcome.LOAD_FAILED
                 if self._recording is not None and error.worker is not None:
                     self._recording.worker = error.worker
-                if await self._knows_a_newer(error):
+                if await self._knows_another(error):
                     continue  # no worker failed, so it costs no retry
                 if not left or error.fault is not LoadFault.WORKER:
                     raise load_failed(error) from None
@@ -202,19 +210,30 @@ class Exchange:
             self._recording.leases.append(lease)
         return lease
 
-    async def _knows_a_newer(self, error: LoadError) -> bool:
-        """Whether the adapter had changed in the store, and the job is for what it is now; once."""
-        if error.fault is not LoadFault.ADAPTER_CHANGED or self._looked_again:
+    async def _knows_another(self, error: LoadError) -> bool:
+        """Whether the job is for another version of its adapter now; once.
+
+        What has changed in the store is what it is now, and from a new version that no worker can load
+        the adapter goes back to the one before.
+        """
+        job = self._job
+        if self._looked_again or job.adapter is None:
             return False
         self._looked_again = True
-        assert self._job.adapter is not None
-        try:
-            adapter = await self._model.find(self._job.adapter.name, afresh=True)
-        except StoreError:
+        if error.fault is LoadFault.ADAPTER_INVALID:
+            adapter = await self._model.instead_of(job.adapter, str(error))
+            if adapter is None:
+                return False
+        elif error.fault is LoadFault.ADAPTER_CHANGED:
+            try:
+                adapter = await self._model.find(job.adapter.name, afresh=True)
+            except StoreError:
+                return False
+            if adapter is None:
+                raise model_not_found(job.adapter.model_id) from None
+        else:
             return False
-        if adapter is None:
-            raise model_not_found(self._job.adapter.model_id) from None
-        self._job.adapter = adapter
+        job.adapter = adapter
         return True
 
     def _worker_error(self, status: int, error: Exception) -> ApiError:
@@ -228,6 +247,7 @@ class Exchange:
     async def _relay(self, lease: Lease) -> bool:
         name, job, request, config = self._model.model_id, self._job, self._request, self._config
         worker_id = self._worker_id = lease.worker.id
+        self._use = lease.use
         self._stamps = f"x-worker: {worker_id}\r\nx-adapter: {lease.use.value}\r\n"
         if lease.queued_s:
             self._metrics.queued(name, lease.queued_s)

@@ -25,6 +25,7 @@ class Head(msgspec.Struct):
     max_tokens: Any = None
     max_completion_tokens: Any = None
     max_output_tokens: Any = None
+    user: Any = None
 
     @property
     def output_tokens(self) -> int:

@@ -17,8 +17,13 @@ class Models:
     def __iter__(self) -> Iterator[ModelService]:
         return iter(self._models.values())
 
-    async def resolve(self, model_id: str | None) -> tuple[ModelService, AdapterRef | None]:
-        """The model and adapter of an id, or `ApiError` 404. Without an id, the only model there is."""
+    async def resolve(
+        self, model_id: str | None, user: str = ""
+    ) -> tuple[ModelService, AdapterRef | None]:
+        """The model and adapter of an id, or `ApiError` 404. Without an id, the only model there is.
+
+        Where two versions of the adapter serve, `user` is who asks.
+        """
         if model_id is None:
             if len(self._models) > 1:
                 raise ApiError(
@@ -34,7 +39,7 @@ class Models:
         if not colon:
             return model, None
         try:
-            adapter = await model.find(name)
+            adapter = await model.find(name, user)
         except StoreError as error:
             raise load_failed(LoadError(LoadFault.STORE_UNAVAILABLE, str(error))) from None
         if adapter is None:

@@ -24,6 +24,7 @@ from router.telemetry.recorder import Recorder
 NOT_PASSED_ON = frozenset({"load_lora_adapter", "unload_lora_adapter"})
 APPLICATION_SHUTDOWN_S = 1.0
 BACKLOG = 4096
+SESSION = b"x-session-id"
 
 
 class Frontend:
@@ -120,7 +121,8 @@ class Frontend:
             if request.has_terms:
                 terms = self._terms.read(request.headers())
             head = parse_head(request.body)
-            model, adapter = await self._models.resolve(head.model)
+            user = head.user or request.get(SESSION) or request.id
+            model, adapter = await self._models.resolve(head.model, str(user))
             exchange = Exchange(
                 request,
                 connection,

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Final
 
 from engine_worker.protocol import TOKEN_ENV, AdapterId, Info, State
-from router.adapters.cache import AdapterCache
-from router.adapters.catalog import AdapterCatalog
 from router.config import LLMConfig, RouterConfig
 from router.core.claims import PATIENCES
 from router.core.fleet import LoadRefusedError, Report, Worker
 from router.core.job import AdapterRef, LoadError, LoadFault
 from router.core.router import Router
+from router.lifecycle.adapters import Adapters
 from router.workers.client import (
     EngineWorkerClient,
     LoadConflictError,
@@ -65,8 +64,7 @@ class WorkerPool:
         config: RouterConfig,
         *,
         log_dir: Path,
-        catalog: AdapterCatalog | None,
-        cache: AdapterCache | None,
+        adapters: Adapters | None,
         machine: Machine = NOTHING,
         first_place: int = 0,
     ) -> None:
@@ -77,8 +75,7 @@ class WorkerPool:
         self._llm = llm
         self._config = config
         self._log_dir = log_dir
-        self._catalog = catalog
-        self._cache = cache
+        self._adapters = adapters
         self._clients: dict[str, WorkerClient] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._keeper: WorkerKeeper | None = None
@@ -136,25 +133,23 @@ class WorkerPool:
 
     def staged(self, adapter: AdapterRef) -> bool:
         """Whether the adapter is on this machine's disk."""
-        assert self._catalog is not None
-        assert self._cache is not None
-        stored = self._catalog.get(adapter.name)
-        return stored is not None and stored.version == adapter.version and self._cache.has(stored)
+        assert self._adapters is not None
+        stored = self._adapters.stored(adapter)
+        return stored is not None and self._adapters.cache.has(stored)
 
     async def fetch(self, adapter: AdapterRef) -> None:
         """Bring the adapter to this machine's disk."""
         await self._folder_of(adapter)
 
     async def _folder_of(self, adapter: AdapterRef) -> Path:
-        assert self._catalog is not None
-        assert self._cache is not None
-        stored = self._catalog.get(adapter.name)
-        if stored is None or stored.version != adapter.version:
+        assert self._adapters is not None
+        stored = self._adapters.stored(adapter)
+        if stored is None:
             raise LoadError(
                 LoadFault.ADAPTER_CHANGED,
                 f"adapter {adapter.name} changed in the store while it was asked for; ask again",
             )
-        return await self._cache.folder_of(stored)
+        return await self._adapters.cache.folder_of(stored)
 
     async def load(self, worker: Worker, adapter: AdapterRef, evict: AdapterRef | None) -> int:
         """Fetch the adapter to this machine's disk, then have the worker load it."""

@@ -1,0 +1,122 @@
+"""What operators are told of adapters and workers: put together from all who know a part of it."""
+
+from collections.abc import Iterable
+from typing import Literal
+
+from router.core.fleet import Worker
+from router.core.job import AdapterRef
+from router.core.residency import RESIDENT
+from router.lifecycle.adapters import Adapters
+from router.lifecycle.alias import Alias
+from router.lifecycle.judge import Tally
+from router.lifecycle.usage import Usage
+from router.lifecycle.words import (
+    AdapterStatus,
+    Residence,
+    VersionState,
+    VersionStatus,
+    WorkerStatus,
+)
+
+Tier = Literal["gpu", "host", "disk", "store"]
+Places = dict[str, dict[str, dict[str, Residence]]]
+UNUSED = Usage()
+UNJUDGED = Tally()
+
+
+def places_of(workers: Iterable[Worker]) -> Places:
+    """Where adapters are: by name, by version, by worker."""
+    places: Places = {}
+    for worker in workers:
+        for adapter in worker.host:
+            _note(places, adapter, worker, Residence.HOST)
+        for slot in worker.slots:
+            there = Residence.RESIDENT if slot.phase is RESIDENT else Residence.LOADING
+            _note(places, slot.adapter, worker, there)
+    return places
+
+
+def _note(places: Places, adapter: AdapterRef, worker: Worker, there: Residence) -> None:
+    versions = places.setdefault(adapter.name, {})
+    versions.setdefault(adapter.version, {})[worker.id] = there
+
+
+def adapter_status(adapters: Adapters, name: str, places: Places, now: float) -> AdapterStatus:
+    """One adapter's; `places` are those of all."""
+    alias = adapters.alias(name)
+    listed = adapters.catalog.get(name)
+    serving = adapters.serving(name)
+    version = serving.version if serving else alias.serving or (listed.version if listed else "")
+    usage = adapters.usages.by_name.get(name, UNUSED)
+    where = places.get(name, {})
+    stored = adapters.stored(AdapterRef(adapters.model_id, name, version)) if version else None
+    on_disk = bool(version) and adapters.cache.find(name, version) is not None
+    facts = adapters.cache.facts(stored) if stored is not None else None
+    size = sum(file.size for file in listed.files) if listed is not None else None
+    return AdapterStatus(
+        id=f"{adapters.model_id}:{name}",
+        name=name,
+        version=version,
+        tier=_tier(where.get(version, {}).values(), on_disk=on_disk),
+        rank=facts.rank if facts else None,
+        bytes=facts.bytes if facts else size,
+        source=alias.source or adapters.store_url,
+        pinned=adapters.is_pinned(name),
+        hits=usage.hits,
+        cold_loads=usage.cold_loads,
+        requests=usage.requests,
+        last_used_s=None if usage.last_used_at is None else now - usage.last_used_at,
+        versions=tuple(_versions(adapters, name, version, alias, usage, where)),
+        message=alias.message,
+    )
+
+
+def _versions(
+    adapters: Adapters,
+    name: str,
+    serving: str,
+    alias: Alias,
+    usage: Usage,
+    where: dict[str, dict[str, Residence]],
+) -> Iterable[VersionStatus]:
+    states = dict.fromkeys(where, VersionState.RETIRED)
+    if alias.previous:
+        states[alias.previous] = VersionState.PREVIOUS
+    if alias.candidate:
+        states[alias.candidate] = VersionState.CANDIDATE
+    if serving:
+        states[serving] = VersionState.SERVING
+    weights = {serving: 1.0 - alias.weight, alias.candidate: alias.weight}
+    for version, state in sorted(states.items(), key=lambda item: (list(VersionState).index(item[1]), item[0])):
+        tally = usage.versions.get(version, UNJUDGED)
+        yield VersionStatus(
+            version=version,
+            state=state,
+            weight=weights.get(version, 0.0),
+            on_disk=adapters.cache.find(name, version) is not None,
+            requests=tally.requests,
+            failures=tally.failures,
+            workers=where.get(version, {}),
+        )
+
+
+def _tier(residences: Iterable[Residence], *, on_disk: bool) -> Tier:
+    found = set(residences)
+    if found - {Residence.HOST}:
+        return "gpu"
+    if found:
+        return "host"
+    return "disk" if on_disk else "store"
+
+
+def worker_status(worker: Worker, *, draining: bool) -> WorkerStatus:
+    """One worker's."""
+    return WorkerStatus(
+        id=worker.id,
+        accepting=worker.accepting,
+        draining=draining,
+        ongoing=worker.ongoing,
+        max_ongoing=worker.max_ongoing,
+        slots=worker.slots.capacity,
+        adapters=tuple(sorted(slot.adapter.model_id for slot in worker.slots)),
+    )
