@@ -141,8 +141,8 @@ class ModelService:
         """What serves in place of a version that no worker can load; None where nothing does."""
         return None if self.adapters is None else await self.adapters.instead_of(adapter, why)
 
-    def ended(self, adapter: AdapterRef, use: AdapterUse | None, *, failed: bool) -> None:
-        """A request for the adapter has ended."""
+    def ended(self, adapter: AdapterRef | None, use: AdapterUse | None, *, failed: bool) -> None:
+        """A request has ended, for an adapter or for the base model alone."""
         if self.adapters is not None:
             self.adapters.ended(adapter, use, failed=failed)
 

@@ -40,6 +40,8 @@ class AdapterCatalog:
         self._names: list[str] | None = None
         self._absent: OrderedDict[str, float] = OrderedDict()
         self._lookups: dict[str, asyncio.Task[StoredAdapter | None]] = {}
+        # What lookups find while a listing is read; bounded by their rate.
+        self._found_meanwhile: dict[str, StoredAdapter | None] | None = None
         self._threads = CapacityLimiter(LOOKUPS_MAX)
         self._allowance = LOOKUPS_BURST
         self._allowed_at = 0.0
@@ -64,6 +66,7 @@ class AdapterCatalog:
 
         Raises `StoreError`, and then keeps the listing that it has.
         """
+        found_meanwhile = self._found_meanwhile = {}
         try:
             async with asyncio.timeout(LIST_TIMEOUT_S):
                 listed = await to_thread.run_sync(
@@ -71,6 +74,13 @@ class AdapterCatalog:
                 )
         except TimeoutError:
             raise StoreError(f"{self._store.url}: no listing after {LIST_TIMEOUT_S:g} s") from None
+        finally:
+            self._found_meanwhile = None
+        for name, found in found_meanwhile.items():  # which is newer
+            if found is None:
+                listed.pop(name, None)
+            else:
+                listed[name] = found
         before = self._listed
         changed = [name for name in before if name not in listed]
         changes = len(listed) != len(before) or bool(changed)
@@ -142,6 +152,8 @@ class AdapterCatalog:
                 )
         except TimeoutError:
             raise StoreError(f"{self._store.url}: no answer after {LOOKUP_TIMEOUT_S:g} s") from None
+        if self._found_meanwhile is not None:
+            self._found_meanwhile[name] = adapter
         if adapter is not None:
             if name not in self._listed:
                 self._renamed()

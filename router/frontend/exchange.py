@@ -158,9 +158,7 @@ class Exchange:
         metrics.ended(name, self.outcome)
         if self._job.tenant:
             metrics.tenant_ended(name, self._job.tenant, self.outcome, self._tokens)
-        adapter = self._job.adapter
-        if adapter is not None:
-            self._model.ended(adapter, self._use, failed=self.outcome in FAILURES)
+        self._model.ended(self._job.adapter, self._use, failed=self.outcome in FAILURES)
         if self._recording is not None:
             assert self._recorder is not None
             self._recorder.end(self._recording, self.outcome)
@@ -249,6 +247,8 @@ class Exchange:
         worker_id = self._worker_id = lease.worker.id
         self._use = lease.use
         self._stamps = f"x-worker: {worker_id}\r\nx-adapter: {lease.use.value}\r\n"
+        if job.adapter is not None:
+            self._stamps += f"x-adapter-version: {job.adapter.version}\r\n"
         if lease.queued_s:
             self._metrics.queued(name, lease.queued_s)
         answer = Answer(time.monotonic if self._recorder is None else self._recorder.clock)

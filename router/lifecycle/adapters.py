@@ -159,7 +159,8 @@ class Adapters:
             return known
         stored = await self.catalog.find(name, afresh=afresh)
         if stored is None:
-            self._gone(name)
+            if afresh:
+                self._gone(name)
             return None
         version = self._serving_version(stored, afresh=afresh)
         if version != stored.version:
@@ -227,10 +228,11 @@ class Adapters:
         now = self._serving.get(adapter.name)
         return None if now is None or now == adapter else now
 
-    def ended(self, adapter: AdapterRef, use: AdapterUse | None, *, failed: bool) -> None:
-        """A request for the adapter has ended."""
+    def ended(self, adapter: AdapterRef | None, use: AdapterUse | None, *, failed: bool) -> None:
+        """A request for an adapter, or for the base model alone, has ended."""
         lost = self.usages.ended(adapter, use, failed=failed, now=self._loop.time())
         if lost is not None:
+            assert adapter is not None
             why = f"{lost.new.failures} of {lost.new.requests} requests failed"
             self._spawn(self._roll_back_version(adapter.name, lost.version, why))
 
@@ -502,7 +504,8 @@ class Adapters:
     def _serve(self, name: str, version: str) -> None:
         before = self._serving.get(name)
         if before is None or before.version != version:
-            self._serving[name] = AdapterRef(self.model_id, name, version)
+            now = self._serving[name] = AdapterRef(self.model_id, name, version)
+            self._routing.restore(now)
             if before is not None:
                 self._routing.retire(before)
 

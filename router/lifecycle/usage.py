@@ -65,10 +65,12 @@ class Usages:
         self._total = Tally()
 
     def ended(
-        self, adapter: AdapterRef, use: AdapterUse | None, *, failed: bool, now: float
+        self, adapter: AdapterRef | None, use: AdapterUse | None, *, failed: bool, now: float
     ) -> Trial | None:
         """Count a request. Returns the trial that its version has now lost, if it has."""
         self._total.add(failed=failed)
+        if adapter is None:
+            return None
         usage = self.by_name.get(adapter.name)
         if usage is None:
             usage = self.by_name[adapter.name] = Usage()
