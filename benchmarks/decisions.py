@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.support import parser, report, spread
-from router.core.fleet import Fleet, Worker
+from router.core.fleet import Fleet, Hold, Worker
 from router.core.job import AdapterRef, Job, Prefix
 from router.core.policies import POLICIES
 from router.core.prefixes import marks
@@ -95,6 +95,11 @@ class Instant:
 
     async def load(self, worker: Worker, adapter: AdapterRef, evict: AdapterRef | None) -> int:  # noqa: ARG002
         """It is there."""
+        self._seq += 1
+        return self._seq
+
+    async def unload(self, worker: Worker, adapter: AdapterRef) -> int:  # noqa: ARG002
+        """It is gone."""
         self._seq += 1
         return self._seq
 
@@ -361,7 +366,7 @@ async def no_memory(policy: str, workers: int, waiting: int, rounds: int) -> Cos
                 context = fleet.begin_work(worker, small, 0, 0.0)
                 fleet.release(worker, None)
                 fleet.end_work(worker, context)
-            router.set_accepting(worker, accepting=True)  # as after a release: who waits is served
+            router.hold(worker, Hold.DRAIN, held=False)  # as after a release: who waits is served
         return count
 
     us = await measured(leave, min(rounds, 3))

@@ -5,8 +5,9 @@ it meets, so here three bounds are kept, and what would break one is refused by 
 done, leaving everything as it was:
   1. no more requests are in flight than the worker was started with, whichever routers they come from;
   2. there are no more adapters than slots, those on their way counted in;
-  3. what another router uses, or has just loaded for a request that is not here yet, is not evicted;
-     who has waited too long has it closed to new requests, and evicts it when those here are over.
+  3. what another router uses, or has just loaded for a request that is not here yet, is neither evicted
+     nor unloaded; who has waited too long has it closed to new requests, and evicts it when those here
+     are over.
 A router's own adapters are its own affair: it counts its requests before they are here.
 Pure: it counts, and reads the clock that it is given. Whoever waits is in service.py.
 """
@@ -39,7 +40,8 @@ class Arbiter:
         self._now = now
         self._held: dict[AdapterId, str] = {}  # with the folder that each came from
         self._coming: dict[AdapterId, str] = {}  # with the router that loads it
-        self._leaving: dict[AdapterId, None] = {}
+        self._leaving: dict[AdapterId, None] = {}  # for a successor, which has their slot
+        self._unloading: dict[AdapterId, None] = {}  # for none: their slot is not free yet
         self._requests: dict[str, int] = {}  # by router
         self._users: dict[AdapterId, dict[str, int]] = {}
         self._claims: dict[AdapterId, dict[str, float]] = {}
@@ -77,7 +79,11 @@ class Arbiter:
 
     def holds(self, adapter: AdapterId) -> bool:
         """Whether the adapter is held, and not about to leave."""
-        return adapter in self._held and adapter not in self._leaving
+        return (
+            adapter in self._held
+            and adapter not in self._leaving
+            and adapter not in self._unloading
+        )
 
     def gone(self, adapter: AdapterId) -> RefusedError:
         """The refusal for a request that waited for a load which failed."""
@@ -153,6 +159,20 @@ class Arbiter:
             if not claims:
                 del self._claims[adapter]
 
+    # Unloads.
+
+    def begin_unload(self, router: str, adapter: AdapterId) -> None:
+        """Let nobody enter for the adapter, which is about to leave. Raises `RefusedError`."""
+        if self.used_beside(router, adapter):
+            raise self._refuse(Refusal.IN_USE, f"{adapter.name} is in use by another router")
+        self._unloading[adapter] = None
+
+    def end_unload(self, adapter: AdapterId, *, unloaded: bool) -> None:
+        """It has left, or it has not and may be used again."""
+        self._unloading.pop(adapter, None)
+        if unloaded:
+            self.drop((adapter,))
+
     def drop(self, adapters: Iterable[AdapterId]) -> None:
         """They are not held any more."""
         for adapter in adapters:
@@ -173,8 +193,8 @@ class Arbiter:
 
     @property
     def leaving(self) -> tuple[AdapterId, ...]:
-        """Who leaves when its successor has come."""
-        return tuple(self._leaving)
+        """Who leaves: when its successor has come, or when the engine has dropped it."""
+        return (*self._leaving, *self._unloading)
 
     def others(self, router: str) -> int:
         """How many requests of other routers are in flight."""

@@ -124,18 +124,8 @@ class EmulatedAdapters:
     async def add(self, adapter: AdapterId, path: str, evict: Sequence[AdapterId]) -> Tiers:
         """Check the weights as an engine would, then load for as long as the model says."""
         digest = await asyncio.to_thread(check_weights, Path(path))
-        loop = asyncio.get_running_loop()
-        loaded: asyncio.Future[None] = loop.create_future()
         self._pacer.catch_up()
-        event = self._engine.load(adapter, evict[0] if evict else None)
-
-        def arrived(_: simpy.Event) -> None:
-            if not loaded.done():
-                loaded.set_result(None)
-
-        event.callbacks.append(arrived)
-        self._pacer.arm()
-        await loaded
+        await self._happened(self._engine.load(adapter, evict[0] if evict else None))
         self._weights.pop(adapter, None)
         self._weights[adapter] = digest
         for victim in evict:
@@ -145,9 +135,22 @@ class EmulatedAdapters:
         return await self.residency()
 
     async def remove(self, adapter: AdapterId) -> None:
-        """Drop the adapter from both tiers."""
+        """Drop the adapter from both tiers, at the end of the step under way."""
         self._weights.pop(adapter, None)
-        self._engine.unload(adapter)
+        self._pacer.catch_up()
+        await self._happened(self._engine.unload(adapter))
+
+    async def _happened(self, event: simpy.Event) -> None:
+        """Wait until the engine has come to it."""
+        over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def happened(_: simpy.Event) -> None:
+            if not over.done():
+                over.set_result(None)
+
+        event.callbacks.append(happened)
+        self._pacer.arm()
+        await over
 
     @property
     def names(self) -> list[str]:
@@ -293,7 +296,7 @@ class EmulatedWorker:
         return _json(await self._service.load(await request.read(), _router(request)))
 
     async def _unload(self, request: web.Request) -> web.Response:
-        return _json(await self._service.unload(await request.read()))
+        return _json(await self._service.unload(await request.read(), _router(request)))
 
     async def _state_stream(self, request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})

@@ -7,12 +7,13 @@ Beside the engine's own OpenAI routes a worker serves, for whoever carries its t
     GET  /worker/v1/adapters  State, once
     GET  /worker/v1/occupancy Occupancy: what it has counted of all its routers
     POST /worker/v1/load      LoadRequest -> LoadReply; idempotent, several at once
-    POST /worker/v1/unload    UnloadRequest -> LoadReply; idempotent
+    POST /worker/v1/unload    UnloadRequest -> LoadReply; idempotent; refused while another router uses it
     GET  /health              200 when the engine can serve; needs no token
 
 An error is `{"error": {"message", "type", "code"}}`: 400 where the adapter is at fault, 500 where the
-engine is. What the worker refuses because of other routers has a `Refusal` as its code: a load is then
-409, with the `state` to decide again by; an OpenAI request is 503, with that name in a header too.
+engine is. What the worker refuses because of other routers has a `Refusal` as its code: a load or an
+unload is then 409, with the `state` to decide again by; an OpenAI request is 503, with that name in a
+header too.
 Several routers may use one worker. Each names itself in a header of everything that it sends, and hears
 in `State` of the others alone.
 """
@@ -50,6 +51,7 @@ class Refusal(StrEnum):
     FULL = "full"  # as many requests are in flight as may be
     ADAPTER_GONE = "adapter_gone"  # it has left since the router heard that it is here
     NO_SLOT = "no_slot"  # a load lacks a slot, or would evict what another router uses
+    IN_USE = "in_use"  # an unload would take what another router uses, or has just loaded
 
 
 class AdapterId(msgspec.Struct, frozen=True, order=True):
@@ -130,7 +132,7 @@ class LoadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class UnloadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Drop an adapter from the engine."""
+    """Drop an adapter from the engine, from its slot and from host memory."""
 
     adapter: AdapterId
 

@@ -81,7 +81,10 @@ class Engine(Protocol):
         """
 
     async def remove(self, adapter: AdapterId) -> None:
-        """Drop an adapter; harmless where it is not held."""
+        """Drop an adapter, from host memory too; harmless where it is not held.
+
+        Raises `WorkerError`, and then it is held still.
+        """
 
     async def residency(self) -> Tiers:
         """Where the adapters are."""
@@ -312,18 +315,35 @@ class WorkerService:
         state = self._view(router, self._feed.state)
         return WorkerError(409, str(refused), code=refused.refusal, state=state)
 
-    async def unload(self, body: bytes) -> bytes:
-        """Drop an adapter. Raises `WorkerError`."""
+    async def unload(self, body: bytes, router: str = "") -> bytes:
+        """Drop an adapter, unless another router uses it. Raises `WorkerError`."""
         adapter = _decode(body, UnloadRequest).adapter
         lock = self._locks.setdefault(adapter.name, asyncio.Lock())
         try:
             async with lock:
-                await self._engine.remove(adapter)
-                self._arbiter.drop((adapter,))
-                await self.refresh()
+                while adapter in self._arbiter.leaving:
+                    await self._left.wait()
+                await self._unload(adapter, router)
                 return msgspec.json.encode(LoadReply(self._feed.state.seq))
         finally:
             self._forget_lock(adapter.name, lock)
+
+    async def _unload(self, adapter: AdapterId, router: str) -> None:
+        try:
+            self._arbiter.begin_unload(router, adapter)
+        except RefusedError as refused:
+            raise self._refused_load(refused, router) from None
+        self._feed.set_adapters(self._feed.state.gpu, self._feed.state.host)
+        unloaded = False
+        try:
+            await self._engine.remove(adapter)
+            unloaded = True
+        finally:
+            self._arbiter.end_unload(adapter, unloaded=unloaded)
+            self._ended()
+            if not unloaded:
+                self._feed.set_adapters(self._feed.state.gpu, self._feed.state.host)
+        await self.refresh()
 
     async def refresh(self) -> None:
         """Ask the engine where its adapters are, and tell whoever follows.
@@ -335,7 +355,8 @@ class WorkerService:
             gpu, host = await self._engine.residency()
         except Exception:
             log.exception("the engine does not say which adapters it holds")
-            gpu, host = self._feed.state.gpu, self._feed.state.host
+            gpu = tuple(adapter for adapter in self._feed.state.gpu if adapter in held)
+            host = self._feed.state.host
         else:
             there = {*gpu, *host}
             self._arbiter.drop(adapter for adapter in held if adapter not in there)

@@ -296,7 +296,17 @@ class VllmAdapters:
     async def remove(self, adapter: AdapterId) -> None:
         """Take the adapter out of the engine; requests that run on it keep their weights."""
         async with self._changing:
-            await self._drop(adapter)
+            kept = self._kept.pop(adapter, None)
+            request = self._served.request_of(adapter) or kept
+            if request is None:
+                return
+            try:
+                await self._engine.remove_lora(request.lora_int_id)
+            except Exception as error:
+                raise WorkerError(
+                    500, f"vLLM did not drop {adapter.name}: {_last_line(error)}"
+                ) from error
+            self._served.drop(adapter)
 
     async def _drop(self, adapter: AdapterId) -> None:
         request = self._served.request_of(adapter)
@@ -434,7 +444,7 @@ class WorkerApp:
                 case "POST", protocol.LOAD:
                     body = await service.load(await _body(receive), router)
                 case "POST", protocol.UNLOAD:
-                    body = await service.unload(await _body(receive))
+                    body = await service.unload(await _body(receive), router)
                 case _:
                     raise WorkerError(404, f"no route {method} {path}")
         except WorkerError as error:

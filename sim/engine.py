@@ -9,7 +9,8 @@ on prompts, in chunks, the running ones first (`Scheduler.schedule` of vLLM 0.32
     in the batch is passed by, however long it has waited;
   - what a request's prompt shares with a cached prefix under the same adapter is not computed again.
 A load happens between two steps and stalls them all. Where a batch runs, its end is known one step
-later: what was evicted is dropped, and the slots are read, by calls that wait for a boundary again.
+later: what was evicted is dropped, and the slots are read, by calls that wait for a boundary again. An
+unload is such a call, and stalls nothing.
 
 Steps in which nothing changes are taken as one event: a batch that only decodes goes on to its next
 completion, to the last step that memory allows, or until an arrival, a load or an abort ends it at a
@@ -166,6 +167,14 @@ class _Load:
         self.done = done
 
 
+class _Unload:
+    __slots__ = ("adapter", "done")
+
+    def __init__(self, adapter: Hashable, done: simpy.Event) -> None:
+        self.adapter = adapter
+        self.done = done
+
+
 class _Doing(Enum):
     IDLE = auto()
     WAKING = auto()  # something has come; at the end of this moment the engine begins
@@ -234,6 +243,7 @@ class SimEngine:
         self.running = 0
         self._batch_adapters: dict[Hashable, int] = {}
         self._loads: deque[_Load] = deque()
+        self._unloads: list[_Unload] = []
         self._installed: list[_Load] = []  # in their slots; their callers do not know it yet
         self._aborted: list[EngineRequest] = []
         self._outputs: list[
@@ -317,12 +327,15 @@ class SimEngine:
         self.adapters_seq += 1
         self._changed()
 
-    def unload(self, adapter: Hashable) -> None:
-        """Drop an adapter from its GPU slot and from host memory."""
-        self.gpu.pop(adapter, None)
-        self.host.pop(adapter, None)
-        self.adapters_seq += 1
-        self._changed()
+    def unload(self, adapter: Hashable) -> simpy.Event:
+        """Drop an adapter from its GPU slot and from host memory; the event is its completion."""
+        done = self.env.event()
+        self._unloads.append(_Unload(adapter, done))
+        if self._doing is IDLE:
+            self._drop_unloaded()
+        else:
+            self._awaken(self._current_tick() + 1)
+        return done
 
     # Moments.
 
@@ -414,6 +427,8 @@ class SimEngine:
 
     def _begin(self) -> None:
         """Begin the next load or the next span of steps, or fall idle."""
+        if self._unloads:
+            self._drop_unloaded()
         while self._loads:
             stall_ps = self._load_ps(self._loads[0].adapter)
             if stall_ps:
@@ -810,6 +825,15 @@ class SimEngine:
             self._installed.append(load)
         else:
             load.done.succeed()
+        self._changed()
+
+    def _drop_unloaded(self) -> None:
+        unloads, self._unloads = self._unloads, []
+        for unload in unloads:
+            self.gpu.pop(unload.adapter, None)
+            self.host.pop(unload.adapter, None)
+            self.adapters_seq += 1
+            unload.done.succeed()
         self._changed()
 
     def _tell_installed(self) -> None:

@@ -137,6 +137,7 @@ class _Watching:
         self._clock = clock
         self._ledger = ledger
         self.evicted = ledger.evicted
+        self.unload_ended = ledger.unload_ended
 
     def decided(self, job: Job, decision: Decision, evicting: AdapterRef | None) -> None:
         self._witness.decided(job, decision, evicting, self._clock())

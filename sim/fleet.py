@@ -176,6 +176,12 @@ class SimWorkers:
             self._loop.call_exception_handler({"message": "a load", "exception": error})
             raise
 
+    async def unload(self, worker: Worker, adapter: AdapterRef) -> int:
+        """Have the engine drop the adapter, at the end of the step that it is in."""
+        engine = self.by_id[worker.id].engine
+        await self._loop.happens(engine.unload(adapter))
+        return engine.adapters_seq
+
     async def _load(self, worker: Worker, adapter: AdapterRef, evict: AdapterRef | None) -> int:
         engine = self.by_id[worker.id].engine
         if adapter not in self._staged and adapter not in engine.host:

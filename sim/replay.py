@@ -158,6 +158,14 @@ class _Ledger:
     def evicted(self, worker: Worker, adapter: AdapterRef) -> None:  # noqa: ARG002
         self.tally[worker.id].evictions += 1
 
+    def unload_ended(
+        self,
+        worker: Worker,
+        adapter: AdapterRef,
+        error: LoadError | None,
+    ) -> None:
+        self._line(f"{worker.id} {adapter.name} leaves {error is None}")
+
 
 class _Punctual(Policy):
     """A policy that has heard, when it decides, all reports that have arrived by then.

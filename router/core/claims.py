@@ -112,7 +112,7 @@ class Claims:
 
         One of the tenant's own, or of another that uses more than its share where this one does not.
         """
-        best: tuple[int, bool, int, int] | None = None
+        best: tuple[int, bool, bool, int, int] | None = None
         chosen: tuple[Worker, Slot] | None = None
         for worker in self._fleet.ready:
             if worker.slots.closed is not None or worker.id in waiter.job.avoid:
@@ -123,10 +123,11 @@ class Claims:
                     continue
                 if slot.phase is RESIDENT and (slot.users or slot.foreign) and not slot.pinned:
                     # One that was closed for it before, and has not fallen idle, comes last; and
-                    # before it one that other routers use.
+                    # before it one that other routers use. One that departs anyway comes first.
                     rank = (
                         waiter.tried.count(slot),
                         slot.foreign,
+                        not slot.departs,
                         slot.users,
                         -len(self._fleet.holders(slot.adapter)),
                     )

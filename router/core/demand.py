@@ -40,6 +40,10 @@ class Demand:
             count, since = known
             counts[adapter] = (1.0 + count * exp((since - now) / self._memory_s), now)
 
+    def forget(self, adapter: AdapterRef) -> None:
+        """It will not be asked for any more."""
+        self._counts.pop(adapter, None)
+
     def rate(self, adapter: AdapterRef, now: float) -> float:
         """Requests a second for the adapter, of late."""
         known = self._counts.get(adapter)

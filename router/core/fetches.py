@@ -44,6 +44,10 @@ class Fetches:
         self.waiting += 1
         return done
 
+    def waiting_for(self, adapter: AdapterRef) -> int:
+        """How many wait for that one."""
+        return len(self._waiters.get(adapter, ()))
+
     def left(self, adapter: AdapterRef, done: "asyncio.Future[None]") -> None:
         """Somebody waits no more, whether it ended or not."""
         self.waiting -= 1

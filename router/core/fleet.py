@@ -14,6 +14,7 @@ when a job comes or goes.
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from enum import StrEnum
 from math import exp
 from random import Random
 from typing import Final
@@ -30,6 +31,13 @@ from router.core.timing import EngineTimes, Learned, Tier, new_pace
 # The adapters that are known to be on the host's disk; of who is forgotten, a load is taken for longer.
 STAGED_MAX: Final = 1 << 17
 STAY_MAX_S: Final = 600.0
+
+
+class Hold(StrEnum):
+    """Why a worker gets nothing new. Each is taken back by who gave it: one does not lift another."""
+
+    SILENT = "silent"  # it does not say how it is
+    DRAIN = "drain"  # an operator wants it empty
 
 
 class Report(msgspec.Struct, frozen=True, gc=False):
@@ -64,6 +72,7 @@ class Worker:
     that holds (0: not known); `pace` how long its steps take relative to what is predicted.
     `in_flight` are this router's requests, `ongoing` all that are there as far as is known. Workers
     are looked at in the order of their `rank`, so that routers which see the same choose the same.
+    It is `accepting` new jobs while nothing `holds` them back.
     """
 
     __slots__ = (
@@ -71,6 +80,7 @@ class Worker:
         "busy_until",
         "completed",
         "context_tokens",
+        "holds",
         "host",
         "id",
         "in_flight",
@@ -114,6 +124,7 @@ class Worker:
         self.ongoing = 0
         self.completed = 0
         self.accepting = True
+        self.holds: dict[Hold, None] = {}
         self.report = Report()
         self.host: Mapping[AdapterRef, None] = {}
         self.busy_until = 0.0
@@ -150,6 +161,7 @@ class Fleet:
         self.demand = Demand()
         self.prefixes = PrefixIndex()
         self.pins: dict[AdapterRef, None] = {}
+        self.retired: dict[AdapterRef, None] = {}  # see departures.py
         self.tenants = Tenants()
         # How many holders an adapter should have, where that is not one (see replicas.py).
         self.targets: dict[AdapterRef, int] = {}
@@ -260,11 +272,13 @@ class Fleet:
         if last is not None and last.rank > worker.rank:
             self._workers = {one.id: one for one in sorted(self, key=_rank)}
         worker.slots.pins = self.pins
+        worker.slots.retired = self.retired
         worker.slots.shares.join(self.tenants, self.tenants.slots)
         worker.places.join(self.tenants, self.tenants.places)
         self._slots += worker.slots.capacity
         for slot in worker.slots:
             self._index(worker, slot)
+        worker.accepting = not worker.holds
         self._settle(worker)
 
     def remove(self, worker: Worker) -> None:
@@ -280,11 +294,15 @@ class Fleet:
         self._hosts(worker, {})
         self.prefixes.forget(worker.id)
 
-    def set_accepting(self, worker: Worker, *, accepting: bool) -> None:
-        """Stop or resume new jobs for a worker; what runs there is untouched."""
+    def hold(self, worker: Worker, why: Hold, *, held: bool) -> None:
+        """Stop or resume new jobs for a worker, as far as that reason goes; what runs is untouched."""
+        if held:
+            worker.holds[why] = None
+        else:
+            worker.holds.pop(why, None)
         if self._workers.get(worker.id) is not worker:
             return  # it has left; a late word of it must not bring it back
-        worker.accepting = accepting
+        worker.accepting = not worker.holds
         self._settle(worker)
 
     # A job comes and goes.
@@ -390,6 +408,26 @@ class Fleet:
         if victim is not None and self._workers.get(worker.id) is worker:
             self._index(worker, victim)
         self._settle(worker)
+
+    def begin_unload(self, worker: Worker, slot: Slot) -> None:
+        """The worker is told to drop an adapter that nobody uses: it is no holder any more."""
+        worker.slots.begin_unload(slot)
+        self._unindex(worker, slot)
+        self._settle(worker)
+
+    def finish_unload(self, worker: Worker, slot: Slot, seq: int) -> None:
+        """The adapter has left, as of the worker's state `seq`."""
+        worker.seq_floor = max(worker.seq_floor, seq)
+        worker.seq_settled = -1
+        worker.slots.finish_unload(slot)
+        self._settle(worker)
+
+    def fail_unload(self, worker: Worker, slot: Slot) -> None:
+        """It has not: the worker is a holder again."""
+        worker.slots.fail_unload(slot)
+        if self._workers.get(worker.id) is worker:
+            self._index(worker, slot)
+            self._settle(worker)
 
     def observe(self, worker: Worker, report: Report, now: float = 0.0) -> None:
         """Take in a worker's report; its word on adapters counts unless a load has overtaken it."""

@@ -3,7 +3,8 @@
 Answers hold a slot for seconds: who has a right to one, and asks, would get it too late. So as soon as
 a worker has fewer slots left than a tenant beyond its share is to leave (shares.py), one of that
 tenant's is closed to new users, one at a time; fallen idle it is open again, since the same rule keeps
-it now. The slot that will be idle soonest is, as far as one can tell, that of the fewest users.
+it now. The slot that will be idle soonest is, as far as one can tell, that of the fewest users; one
+that departs anyway is taken before it.
 """
 
 from router.core.fleet import Fleet, Worker
@@ -24,7 +25,7 @@ class Headroom:
             return
         left = slots.capacity - slots.in_use
         yields: dict[str, bool] = {}
-        best: tuple[int, int] | None = None
+        best: tuple[bool, int, int] | None = None
         chosen: Slot | None = None
         for slot in slots:
             if slot.phase is not RESIDENT or not slot.users or slot.pinned:
@@ -33,7 +34,7 @@ class Headroom:
             if tenant not in yields:
                 yields[tenant] = slots.shares.must_yield(tenant, left)
             if yields[tenant]:
-                rank = (slot.users, -fleet.holder_count(slot.adapter))
+                rank = (not slot.departs, slot.users, -fleet.holder_count(slot.adapter))
                 if best is None or rank < best:
                     best, chosen = rank, slot
         if chosen is not None:

@@ -71,16 +71,8 @@ class Loads:
     def _ended(
         self, worker: Worker, slot: Slot, started: float, tier: Tier, task: asyncio.Task[int]
     ) -> None:
-        error: LoadError | None
-        if task.cancelled():
-            reason = "the router is shutting down" if self.closed else f"worker {worker.id} is gone"
-            error = LoadError(LoadFault.WORKER, f"{reason}: the load of {slot.adapter.name} ended")
-        elif (failure := task.exception()) is None:
-            error = None
-        elif isinstance(failure, LoadError):
-            error = failure
-        else:  # whatever it was, the slot must not stay promised
-            error = LoadError(LoadFault.WORKER, f"{type(failure).__name__}: {failure}")
+        reason = "the router is shutting down" if self.closed else f"worker {worker.id} is gone"
+        error = failure_of(task, f"{reason}: the load of {slot.adapter.name} ended")
         now = self._loop.time()
         load_s = now - started
         fleet, observer = self._fleet, self.observer
@@ -100,3 +92,14 @@ class Loads:
         observer.load_ended(worker, slot.adapter, load_s, error)
         slot.wake()
         self._on_end(worker, slot, error)
+
+
+def failure_of(task: "asyncio.Task[int]", cancelled: str) -> LoadError | None:
+    """What a load or an unload that is over failed with, if it did; `cancelled` says why it was."""
+    if task.cancelled():
+        return LoadError(LoadFault.WORKER, cancelled)
+    failure = task.exception()
+    if failure is None or isinstance(failure, LoadError):
+        return failure
+    # Whatever it was, the slot must not stay promised.
+    return LoadError(LoadFault.WORKER, f"{type(failure).__name__}: {failure}")

@@ -23,6 +23,13 @@ class Loader(Protocol):
         Raises `LoadError`, and then nothing has been dropped. Bounded in time by its implementer.
         """
 
+    async def unload(self, worker: Worker, adapter: AdapterRef) -> int:
+        """Drop the adapter from the worker; that it is not there is as good.
+
+        Returns the number of the worker's state that has it no more. Raises `LoadError`, and then it
+        is there still: `LoadRefusedError` where another router uses it. Bounded in time likewise.
+        """
+
 
 class Observer(Protocol):
     """Is told what the core does, as it does it. Must return at once and must not raise."""
@@ -41,6 +48,9 @@ class Observer(Protocol):
     def evicted(self, worker: Worker, adapter: AdapterRef) -> None:
         """An adapter has left a worker for another one."""
 
+    def unload_ended(self, worker: Worker, adapter: AdapterRef, error: LoadError | None) -> None:
+        """An adapter that was to leave a worker has left it, or not."""
+
 
 class NoObserver:
     """Watches nothing."""
@@ -57,4 +67,7 @@ class NoObserver:
         """Do nothing."""
 
     def evicted(self, worker: Worker, adapter: AdapterRef) -> None:
+        """Do nothing."""
+
+    def unload_ended(self, worker: Worker, adapter: AdapterRef, error: LoadError | None) -> None:
         """Do nothing."""

@@ -8,7 +8,8 @@ holder is not unloaded: the policy prefers the others, so its slot falls idle an
 Churn is bounded: no load begins on a worker where one is under way, at most `LOADS_AT_ONCE` in a
 period. For a hot adapter one may be evicted that is asked for less than each holder would be; whatever
 else was in use of late, or waits in the queue, and is held nowhere, is loaded where a slot is free. An
-adapter whose load failed is left alone, for twice as long each time, until one succeeds.
+adapter whose load failed is left alone, for twice as long each time, until one succeeds. One that is
+retired has no target and is not loaded ahead; a holder that gets nothing new is as good as none.
 
 Cost: nothing but a dictionary's look-up on the way of a request; each period walks the adapters in use.
 """
@@ -47,7 +48,7 @@ class Replicas:
     def waits(self, adapter: AdapterRef) -> None:
         """A job for the adapter waits: have it loaded meanwhile, where that costs nobody a slot."""
         fleet = self._fleet
-        if fleet.holders(adapter):
+        if self._holders(adapter):
             return
         ready = fleet.ready or tuple(fleet)
         if not ready:
@@ -95,6 +96,9 @@ class Replicas:
         )
         wanting: list[tuple[float, AdapterRef]] = []
         for adapter, before in tuple(seen.items()):
+            if adapter in fleet.retired:
+                del seen[adapter]
+                continue
             current = float(fleet.users.get(adapter, 0) + waiting_for(adapter))
             smoothed = max(current, before + FADE * (current - before))
             if smoothed < FORGET_BELOW:
@@ -107,14 +111,18 @@ class Replicas:
                 fleet.targets[adapter] = target
             else:
                 fleet.targets.pop(adapter, None)
-            if len(fleet.holders(adapter)) < target:
+            if self._holders(adapter) < target:
                 wanting.append((-smoothed, adapter))
-        wanting.extend((0.0, pin) for pin in fleet.pins if not fleet.holders(pin))
+        wanting.extend((0.0, pin) for pin in fleet.pins if not self._holders(pin))
         wanting = [want for want in wanting if not self._left_alone(want[1], now)]
         wanting.sort()
         for _, adapter in wanting[:LOADS_AT_ONCE]:
             self._load(adapter, workers, now)
         return bool(seen)
+
+    def _holders(self, adapter: AdapterRef) -> int:
+        """How many workers hold it, or will, and can be sent jobs for it."""
+        return sum(worker.accepting for worker in self._fleet.holders(adapter))
 
     def _load(self, adapter: AdapterRef, workers: list[Worker], now: float) -> None:
         fleet = self._fleet

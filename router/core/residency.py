@@ -1,13 +1,16 @@
 """Which adapters one worker holds: a ledger of its slots, and who leaves when another comes.
 
-Four rules, kept at every step and not only between steps:
+Five rules, kept at every step and not only between steps:
   1. there are never more adapters in slots than slots;
   2. what is in use, loading or pinned is never evicted;
   3. a victim leaves only when its successor has arrived, so a load that fails has evicted nothing;
-  4. a slot may be closed to new users, so that it falls idle for somebody who has waited too long.
+  4. a slot may be closed to new users, so that it falls idle for somebody who has waited too long;
+  5. a slot that departs (its adapter is retired, or to be unloaded) is the first to be evicted.
 An adapter that another router uses on the worker (`foreign`) counts as in use.
 Hence the phase EVICTING: the slot is promised to a successor, nobody new may use the adapter in it,
-and it becomes RESIDENT again if the successor's load fails. Pure: no waiting here, see router.py.
+and it becomes RESIDENT again if the successor's load fails. And LEAVING: the worker is told to drop the
+adapter, so nobody may use it any more, and until the worker says that it has, its slot is not free.
+Pure: no waiting here, see router.py.
 """
 
 import asyncio
@@ -26,6 +29,7 @@ class Phase(Enum):
     LOADING = "loading"
     RESIDENT = "resident"
     EVICTING = "evicting"
+    LEAVING = "leaving"
 
 
 # By these names the hot path has them at a tenth of the cost (Python 3.11).
@@ -33,12 +37,15 @@ COLD: Final = Phase.COLD
 LOADING: Final = Phase.LOADING
 RESIDENT: Final = Phase.RESIDENT
 EVICTING: Final = Phase.EVICTING
+LEAVING: Final = Phase.LEAVING
 
 NEXT: Final[dict[Phase, frozenset[Phase]]] = {
     Phase.COLD: frozenset({Phase.LOADING, Phase.RESIDENT}),  # RESIDENT: the worker says it has it
     Phase.LOADING: frozenset({Phase.RESIDENT, Phase.COLD}),
-    Phase.RESIDENT: frozenset({Phase.EVICTING, Phase.COLD}),  # COLD: the worker says it lost it
+    # COLD: the worker says it lost it
+    Phase.RESIDENT: frozenset({Phase.EVICTING, Phase.LEAVING, Phase.COLD}),
     Phase.EVICTING: frozenset({Phase.COLD, Phase.RESIDENT}),
+    Phase.LEAVING: frozenset({Phase.COLD, Phase.RESIDENT}),  # RESIDENT: it could not be unloaded
 }
 
 
@@ -57,12 +64,14 @@ class Eviction(StrEnum):
 class Slot:
     """One adapter's place on one worker, from the first job that needs it to its eviction.
 
-    `ready_at` is the loop time at which a load is expected to end; `reload_s` what it took.
+    `ready_at` is the loop time at which a load is expected to end; `reload_s` what it took. One that
+    `departs` is to be unloaded as soon as nobody uses it (departures.py).
     """
 
     __slots__ = (
         "adapter",
         "closed",
+        "departs",
         "error",
         "foreign",
         "idle_since",
@@ -82,6 +91,7 @@ class Slot:
         self.adapter = adapter
         self.phase = Phase.COLD
         self.closed = False
+        self.departs = False
         self.pinned = False
         self.foreign = False
         self.users = 0
@@ -112,6 +122,7 @@ class SlotCache:
     """The slots of one worker. `capacity` is `max_num_adapters_per_replica`, 0 for no adapters.
 
     `pins` are adapters that stay once they are here; the caller keeps them fewer than the slots.
+    `retired` are those that leave as soon as they can; `departing` are the slots that do.
     """
 
     __slots__ = (
@@ -125,15 +136,19 @@ class SlotCache:
         "_victim",
         "capacity",
         "clock",
+        "departing",
         "in_use",
         "loading",
         "pins",
+        "retired",
         "shares",
     )
 
     def __init__(self, capacity: int, eviction: Eviction = Eviction.LRU) -> None:
         self.capacity = capacity
         self.pins: Mapping[AdapterRef, object] = {}
+        self.retired: Mapping[AdapterRef, object] = {}
+        self.departing: dict[AdapterRef, Slot] = {}
         self.in_use = 0  # slots with users
         self.shares = Shares(capacity)
         self.loading = 0
@@ -186,7 +201,7 @@ class SlotCache:
         """
         slot = self._slots.get(adapter)
         if slot is not None:
-            if slot.phase is EVICTING or slot.closed:
+            if slot.phase is EVICTING or slot.phase is LEAVING or slot.closed:
                 return False
             if slot.users or self.shares.tenants.alone:
                 return True
@@ -265,6 +280,9 @@ class SlotCache:
     def _least(self) -> Slot:
         if self._closed is not None and self._closed.adapter in self._idle:
             return self._closed
+        for slot in self.departing.values():
+            if slot.adapter in self._idle:
+                return slot
         if self._gdsf:
             return min(self._idle.values(), key=_worth)
         return next(iter(self._idle.values()))
@@ -315,9 +333,7 @@ class SlotCache:
         The caller has asked `can_serve` in the same step.
         """
         assert adapter not in self._slots, adapter
-        slot = Slot(adapter)
-        slot.pinned = adapter in self.pins
-        slot.foreign = adapter in self._foreign
+        slot = self._new_slot(adapter)
         if self.occupied >= self.capacity:
             victim = self.victim()
             assert victim is not None, "begin_load without a slot to be had"
@@ -342,7 +358,7 @@ class SlotCache:
             victim.move(COLD)
             self.clock = max(self.clock, victim.value)
             self._evicting -= 1
-            del self._slots[victim.adapter]
+            self._remove(victim)
         slot.move(RESIDENT)
         self.loading -= 1
         if not slot.users:
@@ -354,7 +370,7 @@ class SlotCache:
         slot.error = error
         slot.move(COLD)
         self.loading -= 1
-        del self._slots[slot.adapter]
+        self._remove(slot)
         if slot.users:
             self._out_of_use(slot)
         victim, slot.victim = slot.victim, None
@@ -362,24 +378,78 @@ class SlotCache:
         if victim is not None:
             victim.move(RESIDENT)
             self._evicting -= 1
-            if victim.pinned or victim.foreign:
-                return
-            # Back to its place in the order: nothing has used it since it was chosen.
-            idle = [victim, *self._idle.values()]
-            idle.sort(key=_idle_since)
-            self._idle = {slot.adapter: slot for slot in idle}
+            self._idle_as_before(victim)
+
+    def _idle_as_before(self, slot: Slot) -> None:
+        """Back to its place in the order: nothing has used it since it was taken out."""
+        self._victim = None
+        if slot.pinned or slot.foreign:
+            return
+        idle = [slot, *self._idle.values()]
+        idle.sort(key=_idle_since)
+        self._idle = {one.adapter: one for one in idle}
 
     def adopt(self, adapter: AdapterRef) -> Slot | None:
         """The worker says that it holds the adapter: believe it if there is a slot for it."""
         if adapter in self._slots or self.occupied >= self.capacity:
             return None
-        slot = Slot(adapter)
-        slot.pinned = adapter in self.pins
-        slot.foreign = adapter in self._foreign
+        slot = self._new_slot(adapter)
         slot.move(RESIDENT)
         self._slots[adapter] = slot
         self._fall_idle(slot)
         return slot
+
+    def _new_slot(self, adapter: AdapterRef) -> Slot:
+        slot = Slot(adapter)
+        slot.pinned = adapter in self.pins
+        slot.foreign = adapter in self._foreign
+        if adapter in self.retired:
+            self.depart(slot)
+        return slot
+
+    def _remove(self, slot: Slot) -> None:
+        """The slot is cold: it is nobody's."""
+        del self._slots[slot.adapter]
+        self.departing.pop(slot.adapter, None)
+
+    # Adapters are unloaded.
+
+    def depart(self, slot: Slot) -> None:
+        """Let the slot be the first to be evicted; who unloads it asks `can_unload`."""
+        slot.departs = True
+        self.departing[slot.adapter] = slot
+        self._victim = None
+
+    def stay(self, slot: Slot) -> None:
+        """Let it leave in its turn, as any other."""
+        slot.departs = False
+        self.departing.pop(slot.adapter, None)
+        self._victim = None
+
+    def can_unload(self, slot: Slot) -> bool:
+        """Whether it is here and nobody uses it, of this router's or another's."""
+        return slot.phase is RESIDENT and not slot.users and not slot.foreign
+
+    def begin_unload(self, slot: Slot) -> None:
+        """The worker is told to drop the adapter: nobody may use it, and its slot is not yet free."""
+        assert not slot.users, f"{slot.adapter} is in use"
+        slot.move(LEAVING)
+        self._idle.pop(slot.adapter, None)
+        self._victim = None
+        if self._closed is slot:
+            self._closed = None
+            slot.closed = False
+
+    def finish_unload(self, slot: Slot) -> None:
+        """The worker has dropped it: the slot is free."""
+        slot.move(COLD)
+        self._remove(slot)
+        self._victim = None
+
+    def fail_unload(self, slot: Slot) -> None:
+        """The worker has not: it is resident, and as idle as it was."""
+        slot.move(RESIDENT)
+        self._idle_as_before(slot)
 
     def disown(self, slot: Slot) -> bool:
         """The worker refused a request for the adapter: it is not there.
@@ -411,7 +481,7 @@ class SlotCache:
 
     def _lose(self, slot: Slot) -> None:
         slot.move(COLD)
-        del self._slots[slot.adapter]
+        self._remove(slot)
         if slot.users:
             self._out_of_use(slot)
         self._idle.pop(slot.adapter, None)

@@ -6,9 +6,9 @@ lease. Capacity is reserved at the moment of decision, before any await, and lea
 all of it, whatever happened.
 
 Here is the order of things, and who is served when. What goes on beside it is told apart: what was
-reserved for one job in lease.py, adapters on their way in fetches.py and loads.py, who has waited too
-long in claims.py, slots that must fall idle in headroom.py. No clock is read but `loop.time()`, so the
-same code runs on a real loop and on the simulator's.
+reserved for one job in lease.py, adapters on their way in fetches.py and loads.py and out in
+departures.py, who has waited too long in claims.py, slots that must fall idle in headroom.py. No clock
+is read but `loop.time()`, so the same code runs on a real loop and on the simulator's.
 """
 
 import asyncio
@@ -18,9 +18,10 @@ from typing import Final, NoReturn
 
 from router.core.admission import AdmissionQueue, Waiter
 from router.core.claims import Claims
+from router.core.departures import Departures, Unloaded
 from router.core.drain import DrainRate
 from router.core.fetches import Fetches
-from router.core.fleet import Fleet, Report, Worker
+from router.core.fleet import Fleet, Hold, Report, Worker
 from router.core.headroom import Headroom
 from router.core.job import AdapterRef, AdapterUse, Job, LoadError, Outcome, Rejected
 from router.core.lease import Grant, Lease
@@ -85,6 +86,9 @@ class Router:
         self._drain_rate = DrainRate()
         self._fetches = Fetches(fleet, loader)
         self._loads = Loads(fleet, loader, self._observer, self._load_ended)
+        self._departures = Departures(
+            fleet, loader, self._observer, wanted=self._wanted, ended=self._drain
+        )
         self._claims = Claims(
             fleet, self._queue, self._decide, self._drain, patience_s=slot_patience_s
         )
@@ -121,7 +125,7 @@ class Router:
 
     def set_observer(self, observer: Observer) -> None:
         """Tell another observer from now on."""
-        self._observer = self._loads.observer = observer
+        self._observer = self._loads.observer = self._departures.observer = observer
 
     # For those who know the workers.
 
@@ -134,12 +138,16 @@ class Router:
         """A worker is gone: its loads fail now, with the worker as the reason."""
         self.fleet.remove(worker)
         self._loads.cancel(worker)
+        self._departures.cancel(worker)
         self._claims.forget(worker)
         self._serve_open()  # an adapter that it alone held may go elsewhere now
 
-    def set_accepting(self, worker: Worker, *, accepting: bool) -> None:
-        """Stop or resume sending jobs to a worker; what runs there goes on."""
-        self.fleet.set_accepting(worker, accepting=accepting)
+    def hold(self, worker: Worker, why: Hold, *, held: bool) -> None:
+        """Stop or resume sending jobs and loads to a worker; what runs there goes on.
+
+        It is sent some again once no reason holds it any more.
+        """
+        self.fleet.hold(worker, why, held=held)
         self._drain(worker)
 
     def observe(self, worker: Worker, report: Report) -> None:
@@ -147,6 +155,8 @@ class Router:
         self.fleet.observe(worker, report, self.loop.time())
         if self._queue:
             self._drain(worker)
+        if worker.slots.departing:
+            self._departures.look(worker)
 
     def disown(self, worker: Worker, adapter: AdapterRef) -> None:
         """The worker answered that it has no such adapter: the next job for it loads it again."""
@@ -154,8 +164,13 @@ class Router:
         self._drain(worker)
 
     def warm(self, worker: Worker, adapter: AdapterRef) -> bool:
-        """Begin to load an adapter that nobody waits for. False where it is there, or has no slot."""
+        """Begin to load an adapter that nobody waits for.
+
+        False where it is there, has no slot, or is retired.
+        """
         if self._closed or not worker.accepting or worker.slots.get(adapter) is not None:
+            return False
+        if adapter in self.fleet.retired:
             return False
         if not worker.can_serve(adapter):
             return False
@@ -163,15 +178,42 @@ class Router:
         return True
 
     def pin(self, adapter: AdapterRef, *, pinned: bool) -> None:
-        """Never evict the adapter from where it is or comes to be, or evict it again as any other."""
+        """Never evict the adapter from where it is or comes to be, or evict it again as any other.
+
+        One that was retired is restored by being pinned.
+        """
+        if pinned:
+            self.restore(adapter)
         self.fleet.pin(adapter, pinned=pinned)
         for worker in tuple(self.fleet):
             self._drain(worker)
+
+    def retire(self, adapter: AdapterRef) -> None:
+        """Have a version leave every worker, each as soon as nobody there uses it (departures.py).
+
+        A job that still comes for it is served as ever, and then it leaves.
+        """
+        self._departures.retire(adapter)
+        for worker in tuple(self.fleet):
+            self._drain(worker)
+
+    def restore(self, adapter: AdapterRef) -> None:
+        """Take `retire` back, or an `unload` of what was in use: it leaves in its turn, as any other."""
+        self._departures.restore(adapter)
+
+    async def unload(self, adapter: AdapterRef) -> dict[str, Unloaded]:
+        """Drop an adapter that stays served from the workers that hold it; the next job loads it again.
+
+        Returns what came of it, by the worker's id; nothing where nobody holds it. Does not wait for
+        those who use it: where somebody does, it leaves by itself later.
+        """
+        return await self._departures.unload(adapter)
 
     def close(self) -> None:
         """Turn away all who wait and whoever comes; leases that are held go on to their end."""
         self._closed = self._loads.closed = True
         self._claims.close()
+        self._departures.close()
         for timer in (self._again, self._ticking):
             if timer is not None:
                 timer.cancel()
@@ -181,9 +223,9 @@ class Router:
             done.set_exception(self._shutting_down())
 
     async def aclose(self) -> None:
-        """Close, and end the loads and fetches that are still under way."""
+        """Close, and end the loads, unloads and fetches that are still under way."""
         self.close()
-        under_way = (*self._loads.tasks, *self._fetches.tasks)
+        under_way = (*self._loads.tasks, *self._departures.tasks, *self._fetches.tasks)
         for task in under_way:
             task.cancel()
         await asyncio.gather(*under_way, return_exceptions=True)
@@ -486,6 +528,12 @@ class Router:
                 self._replicas.failed(slot.adapter, self.loop.time())
         # A slot may have fallen idle, or be free again.
         self._drain(worker)
+        if worker.slots.departing:
+            self._departures.look(worker)
+
+    def _wanted(self, adapter: AdapterRef) -> int:
+        """How many jobs wait for the adapter, in whatever queue."""
+        return self._queue.waiting_for(adapter) + self._fetches.waiting_for(adapter)
 
     # Placement, and the reservation in the same step.
 
@@ -539,6 +587,9 @@ class Router:
         self._headroom.released(grant.worker)
         self.fleet.end_work(grant.worker, grant.context_tokens)
         self._drain(grant.worker)
+        # After those who wait: to be evicted for one of them is to leave, too.
+        if grant.slot is not None and grant.slot.departs:
+            self._departures.look(grant.worker)
 
     # Adapters before they are asked for.
 

@@ -17,7 +17,7 @@ from router.config import RouterConfig
 from router.core.job import AdapterRef, AdapterUse, Job, LoadError, LoadFault, Outcome, Rejected
 from router.core.lease import Lease
 from router.frontend.errors import ApiError, load_failed, model_not_found, rejected
-from router.frontend.head import BYTES_PER_TOKEN, Head
+from router.frontend.head import BYTES_PER_TOKEN, Head, for_model
 from router.frontend.prefix import prefix_of
 from router.frontend.relay import AdapterNotThereError, AnswerCutError, Client, Passage, relay
 from router.frontend.request import Request
@@ -265,26 +265,30 @@ class Exchange:
         adapter = job.adapter
         version = adapter.version if adapter else ""
         named = adapter.model_id.encode() if adapter else b""
+        model = client.model_for(adapter) if adapter else ""
         own = client.upstreams.headers
+
+        def asked() -> tuple[bytes, bytes]:
+            body = for_model(request.body, model) if model else request.body
+            return request.for_worker(self._path, named, version, own, len(body)), body
+
         passage = Passage(
             self._client,
             self._loop,
             chunked=not request.http_1_0,
             last=self._last,
             stamps=f"x-request-id: {request.id}\r\n{self._stamps}".encode(),
-            adapter=named,
+            adapter=model.encode() or named,
             answer=answer,
             on_first_byte=self._first_byte,
             on_first_token=lease.first_token,
         )
         try:
-            if adapter is not None:
-                await client.activate(adapter)
             status, closes = await relay(
                 passage,
                 self._client,
                 client.upstreams,
-                lambda: (request.for_worker(self._path, named, version, own), request.body),
+                asked,
                 first_byte_timeout_s=config.first_byte_timeout_s,
                 idle_timeout_s=config.idle_timeout_s,
             )

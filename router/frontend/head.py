@@ -1,5 +1,7 @@
 """What routing needs of a request's body: its head. The body itself goes on as it was received.
 
+To a stock vLLM server alone it goes with another model's name (`for_model`), and else as it was.
+
 The JSON is read once, whole, and only these fields become objects; everything else is skipped over.
 Of a key that stands twice the last one counts, here and in vLLM, so both see the same model.
 """
@@ -37,6 +39,7 @@ class Head(msgspec.Struct):
 
 
 _decode = msgspec.json.Decoder(Head).decode
+_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 def parse_head(body: bytes) -> Head:
@@ -55,3 +58,10 @@ def parse_head(body: bytes) -> Head:
         raise ApiError(
             400, f"The body is not valid JSON ({error}); send a JSON object.", code="invalid_json"
         ) from None
+
+
+def for_model(body: bytes, model: str) -> bytes:
+    """The body, a JSON object that `parse_head` has read, with that `model`; each other value's bytes stay."""
+    fields = _decode_fields(body)
+    fields["model"] = msgspec.Raw(msgspec.json.encode(model))
+    return msgspec.json.encode(fields)

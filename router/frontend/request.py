@@ -92,10 +92,12 @@ class Request:
         """Whether one of its headers is of `terms.py`."""
         return not TERMS.isdisjoint(self._first)
 
-    def for_worker(self, path: bytes, adapter: bytes, version: str, own: bytes) -> bytes:
+    def for_worker(
+        self, path: bytes, adapter: bytes, version: str, own: bytes, length: int
+    ) -> bytes:
         """The head that a worker gets: our connection's `own` lines, what the client's say, our id.
 
-        `adapter` and `version` name the adapter that is meant, if one is.
+        `adapter` and `version` name the adapter that is meant, if one is. The body has that `length`.
         """
         dropped = NOT_FORWARDED
         named = self._first.get(b"connection")
@@ -104,7 +106,7 @@ class Request:
         lines = [b"POST %b HTTP/1.1\r\n%b" % (path, own)]
         lines += [b"%b: %b\r\n" % field for field in self.fields if field[0] not in dropped]
         lines.append(
-            b"x-request-id: %b\r\ncontent-length: %d\r\n" % (self.id.encode(), len(self.body))
+            b"x-request-id: %b\r\ncontent-length: %d\r\n" % (self.id.encode(), length)
         )
         if adapter:
             lines.append(b"%b: %b\r\n" % (ADAPTER, adapter))

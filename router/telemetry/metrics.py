@@ -5,6 +5,7 @@ An adapter's name is a label only of adapters that are in the store, and of no m
 """
 
 import logging
+from collections import Counter as TallyOf
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from random import Random
 from typing import Final
@@ -84,6 +85,12 @@ class Metrics:
             "lorayard_adapter_evictions",
             "Adapters that left a worker for another.",
             ("model",),
+            registry=self.registry,
+        )
+        self.unloads = Counter(
+            "lorayard_adapter_unloads",
+            "Adapters that were to leave a worker without a successor, by result: ok, or whose fault.",
+            ("model", "result"),
             registry=self.registry,
         )
         self.retries = Counter(
@@ -231,6 +238,16 @@ class RouterObserver:
         """Count the eviction."""
         self._metrics.evictions.labels(self._model).inc()
 
+    def unload_ended(
+        self,
+        worker: Worker,  # noqa: ARG002
+        adapter: AdapterRef,  # noqa: ARG002
+        error: LoadError | None,
+    ) -> None:
+        """Count the unload."""
+        result = "ok" if error is None else error.fault.value
+        self._metrics.unloads.labels(self._model, result).inc()
+
 
 class _FleetCollector(Collector):
     """Gauges read off the fleet when they are asked for, so that they cost requests nothing."""
@@ -261,12 +278,11 @@ class _FleetCollector(Collector):
             yield gauge
         resident = GaugeMetricFamily(
             "lorayard_worker_adapter",
-            "1 for each adapter in a slot; loading, resident or evicting.",
+            "How many versions of an adapter are in slots; loading, resident, evicting or leaving.",
             labels=["adapter", "model", "phase", "worker"],
         )
         for worker in workers:
-            for slot in worker.slots:
-                resident.add_metric(
-                    [slot.adapter.name, self._model, slot.phase.value, worker.id], 1
-                )
+            versions = TallyOf((slot.adapter.name, slot.phase.value) for slot in worker.slots)
+            for (name, phase), count in versions.items():
+                resident.add_metric([name, self._model, phase, worker.id], count)
         yield resident

@@ -17,19 +17,17 @@ from typing import Final
 from engine_worker.protocol import TOKEN_ENV, AdapterId, Info, State
 from router.config import LLMConfig, RouterConfig
 from router.core.claims import PATIENCES
-from router.core.fleet import LoadRefusedError, Report, Worker
+from router.core.fleet import Hold, LoadRefusedError, Report, Worker
 from router.core.job import AdapterRef, LoadError, LoadFault
 from router.core.router import Router
 from router.lifecycle.adapters import Adapters
 from router.workers.client import (
     EngineWorkerClient,
     LoadConflictError,
-    StockVllmClient,
     WorkerClient,
     WorkerUnreachableError,
     open_session,
     read_info,
-    served_models,
 )
 from router.workers.devices import NOTHING, Machine
 from router.workers.keeper import (
@@ -40,6 +38,7 @@ from router.workers.keeper import (
     worker_id_of,
 )
 from router.workers.process import WorkerProcess
+from router.workers.stock import StockVllmClient, served_models
 from router.workers.upstream import UpstreamPool
 
 log = logging.getLogger("lorayard.workers")
@@ -77,6 +76,7 @@ class WorkerPool:
         self._log_dir = log_dir
         self._adapters = adapters
         self._clients: dict[str, WorkerClient] = {}
+        self._draining: dict[str, None] = {}  # by their names, so that a restart changes nothing
         self._tasks: list[asyncio.Task[None]] = []
         self._keeper: WorkerKeeper | None = None
         self._router: Router | None = None
@@ -129,6 +129,37 @@ class WorkerPool:
         if self._keeper is not None:
             await self._keeper.stop(hurry)
 
+    # An operator's word.
+
+    @property
+    def draining(self) -> tuple[str, ...]:
+        """The ids of the workers that an operator drains."""
+        return tuple(self._draining)
+
+    def drain(self, worker_id: str) -> bool:
+        """Send a worker nothing new until `undrain`, started again or not; what runs there ends.
+
+        Not even loads. False where there is no such worker.
+        """
+        if worker_id not in {worker_id_of(self._llm, n) for n in range(self._llm.replicas)}:
+            return False
+        self._draining[worker_id] = None
+        self._hold(worker_id)
+        return True
+
+    def undrain(self, worker_id: str) -> bool:
+        """Let it have jobs again; one that is silent once it speaks. False where it was not drained."""
+        if worker_id not in self._draining:
+            return False
+        del self._draining[worker_id]
+        self._hold(worker_id)
+        return True
+
+    def _hold(self, worker_id: str) -> None:
+        worker = self._router.fleet.get(worker_id) if self._router is not None else None
+        if worker is not None and self._router is not None:
+            self._router.hold(worker, Hold.DRAIN, held=worker_id in self._draining)
+
     # The core's Loader.
 
     def staged(self, adapter: AdapterRef) -> bool:
@@ -166,8 +197,21 @@ class WorkerPool:
                 _wire(adapter), folder, _wire(evict) if evict else None, drain_s
             )
         except LoadConflictError as conflict:
-            report = None if conflict.state is None else self._report(conflict.state)
-            raise LoadRefusedError(str(conflict), report) from None
+            raise self._refused(conflict) from None
+
+    async def unload(self, worker: Worker, adapter: AdapterRef) -> int:
+        """Have the worker drop the adapter; its files stay."""
+        client = self._clients.get(worker.id)
+        if client is None:
+            raise LoadError(LoadFault.WORKER, f"worker {worker.id} is gone")
+        try:
+            return await client.unload(_wire(adapter))
+        except LoadConflictError as conflict:
+            raise self._refused(conflict) from None
+
+    def _refused(self, conflict: LoadConflictError) -> LoadRefusedError:
+        report = None if conflict.state is None else self._report(conflict.state)
+        return LoadRefusedError(str(conflict), report)
 
     # A worker's life.
 
@@ -205,7 +249,9 @@ class WorkerPool:
                             f"{address} serves {', '.join(models)}, not `{self._llm.model_id}`; "
                             f"start it with --served-model-name {self._llm.model_id}"
                         )
-                    client = StockVllmClient(session, url, worker_id, upstreams)
+                    client = StockVllmClient(
+                        session, url, worker_id, upstreams, self._llm.model_id
+                    )
                     kind = "stock vLLM server"
                 log.info("%s: attached to the %s at %s", worker_id, kind, address)
                 backoff_s = BACKOFF_MIN_S
@@ -258,6 +304,7 @@ class WorkerPool:
             rank=number,
         )
         self._clients[worker_id] = client
+        router.fleet.hold(worker, Hold.DRAIN, held=worker_id in self._draining)
         router.add_worker(worker)
         if not first.done():
             first.set_result(None)
@@ -296,7 +343,7 @@ class WorkerPool:
                     if silent_since is not None:
                         silent_since = None
                         log.info("%s: speaks again", worker.id)
-                        router.set_accepting(worker, accepting=True)
+                        router.hold(worker, Hold.SILENT, held=False)
                     router.observe(worker, self._report(state))
             except WorkerUnreachableError as error:
                 if info is None:
@@ -304,7 +351,7 @@ class WorkerPool:
                 if silent_since is None:
                     silent_since = loop.time()
                     log.warning("%s: %s; it gets nothing new meanwhile", worker.id, error)
-                    router.set_accepting(worker, accepting=False)
+                    router.hold(worker, Hold.SILENT, held=True)
                 elif loop.time() - silent_since > SILENT_MAX_S:
                     raise WorkerUnreachableError(
                         f"{worker.id} was silent for {SILENT_MAX_S:g} s"

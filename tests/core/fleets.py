@@ -5,7 +5,7 @@ from random import Random
 
 from harness import ref
 
-from router.core.fleet import Fleet, Report, Worker
+from router.core.fleet import Fleet, Hold, Report, Worker
 from router.core.job import Job
 from router.core.placement import Decision
 from router.core.policies import POLICIES
@@ -43,7 +43,7 @@ def fleet_of(*workers: W) -> Fleet:
         worker.report = Report(waiting=spec.waiting, kv_usage=spec.kv_usage)
         for _ in range(spec.in_flight - worker.in_flight):
             fleet.reserve(worker, None)
-        fleet.set_accepting(worker, accepting=spec.accepting)
+        fleet.hold(worker, Hold.SILENT, held=not spec.accepting)
     return fleet
 
 

@@ -68,7 +68,10 @@ def ref(name: str) -> AdapterRef:
 
 
 class FakeLoader:
-    """Loads in `load_s`; `fails` decides which loads do not."""
+    """Loads in `load_s` and unloads in `unload_s`; `fails` decides which loads do not.
+
+    `engines` are what the workers hold, and `unloads` how each of the coming unloads is to fail.
+    """
 
     def __init__(
         self,
@@ -82,6 +85,10 @@ class FakeLoader:
         self.fetch_s = fetch_s
         self.fetched: dict[AdapterRef, None] = {}
         self.calls: list[tuple[str, str, str | None]] = []
+        self.unload_s = 0.5
+        self.unloads: list[LoadError | None] = []
+        self.unloaded: list[tuple[str, str]] = []
+        self.engines: dict[Worker, dict[AdapterRef, None]] = {}
 
     def staged(self, adapter: AdapterRef) -> bool:
         return self.fetch_s <= 0.0 or adapter in self.fetched
@@ -97,6 +104,20 @@ class FakeLoader:
         await asyncio.sleep(self.times.get(adapter.name, self.load_s))
         if error := self.fails(adapter):
             raise error
+        held = self.engines.setdefault(worker, {})
+        held[adapter] = None
+        if evict is not None:
+            held.pop(evict, None)
+        return 0
+
+    async def unload(self, worker: Worker, adapter: AdapterRef) -> int:
+        self.unloaded.append((worker.id, adapter.name))
+        await asyncio.sleep(self.unload_s)
+        if self.unloads and (error := self.unloads.pop(0)):
+            raise error
+        slot = worker.slots.get(adapter)
+        assert slot is None or not slot.users, "unloaded while it was used"
+        self.engines.setdefault(worker, {}).pop(adapter, None)
         return 0
 
 
@@ -108,6 +129,7 @@ class Log:
         self.waited: list[tuple[str, Decision]] = []
         self.evictions: list[tuple[str, str]] = []
         self.loads: list[tuple[str, str, LoadError | None]] = []
+        self.unloads: list[tuple[str, str, LoadError | None]] = []
 
     def decided(self, job: Job, decision: Decision, evicting: AdapterRef | None) -> None:
         self.decisions.append(decision)
@@ -122,6 +144,9 @@ class Log:
 
     def evicted(self, worker: Worker, adapter: AdapterRef) -> None:
         self.evictions.append((worker.id, adapter.name))
+
+    def unload_ended(self, worker: Worker, adapter: AdapterRef, error: LoadError | None) -> None:
+        self.unloads.append((worker.id, adapter.name, error))
 
 
 class Cluster:

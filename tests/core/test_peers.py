@@ -11,7 +11,7 @@ import pytest
 from fleets import W, decide, fleet_of
 from harness import ref
 
-from router.core.fleet import Fleet
+from router.core.fleet import Fleet, Hold
 from router.core.job import Job
 from router.core.placement import Decision, Drop, Reason
 from router.core.policies import POLICIES
@@ -226,7 +226,7 @@ def test_chwbl_goes_on_in_the_rings_order_and_back() -> None:
     assert second is not first
     fleet.release(first, None)
     assert policy.place(job, fleet, 0.0).worker is first, "its home again"
-    fleet.set_accepting(first, accepting=False)
+    fleet.hold(first, Hold.SILENT, held=True)
     assert policy.place(job, fleet, 0.0).worker is second
 
 
@@ -417,7 +417,7 @@ def test_dynamo_forgets_the_plan_of_a_fleet_that_is_gone() -> None:
     arrive(policy, fleet, 0.0, {"a": 3})
     tick(policy, fleet, 3.0)
     for worker in tuple(fleet):
-        fleet.set_accepting(worker, accepting=False)
+        fleet.hold(worker, Hold.SILENT, held=True)
     tick(policy, fleet, 6.0)
     assert policy.replicas(ref("a")) == ()
 

@@ -1,7 +1,8 @@
 """What must hold after every event of any schedule that Hypothesis finds.
 
 A schedule is a list of jobs with their times, some of which are cancelled, have a deadline or avoid a
-worker; over workers that come, go, stop accepting and report; with loads that take long and that fail.
+worker; over workers that come, go, stop accepting and report; with loads that take long and that fail,
+and versions that are retired, restored and unloaded, which takes long and fails, too.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ from harness import Cluster, FakeLoader, after_every_event, ref, simulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.core.fleet import Report, Worker
+from router.core.fleet import Hold, Report, Worker
 from router.core.job import AdapterRef, LoadError, LoadFault, Rejected
 from router.core.policies import POLICIES
 from router.core.quotas import Quota
@@ -67,10 +68,13 @@ CHANGES = st.lists(
         at=st.floats(0, 20),
         worker=st.integers(0, 2),
         what=st.sampled_from(
-            ["remove", "drain", "add", "lost all", "has b", "close", "pin", "unpin", "warm"]
+            [
+                *("remove", "drain", "add", "lost all", "has b", "close", "pin", "unpin", "warm"),
+                *("retire", "retire", "restore", "unload"),
+            ]
         ),
     ),
-    max_size=6,
+    max_size=8,
 )
 
 
@@ -84,8 +88,10 @@ def check(cluster: Cluster, workers: list[Worker]) -> None:
         assert sum(slot.users for slot in slots) <= worker.in_flight
         for slot in slots:
             assert slot.users >= 0
-            if slot.phase is Phase.EVICTING:
-                assert slot.users == 0, "evicting what is in use"
+            if slot.phase in {Phase.EVICTING, Phase.LEAVING}:
+                assert slot.users == 0, "evicting, or unloading, what is in use"
+            assert (slot.adapter in worker.slots.departing) == slot.departs
+            assert slot.departs or slot.adapter not in fleet.retired or not member
             held = worker in fleet.holders(slot.adapter)
             usable = slot.phase in {Phase.LOADING, Phase.RESIDENT} and not slot.closed
             assert held == (member and usable)
@@ -93,6 +99,10 @@ def check(cluster: Cluster, workers: list[Worker]) -> None:
         assert worker.slots.idle == sum(not slot.pinned for slot in idle)
         assert worker.slots.in_use == sum(slot.users > 0 for slot in slots)
         assert worker.slots.loading == sum(slot.phase is Phase.LOADING for slot in slots)
+        victim = worker.slots.victim()
+        if victim is not None and not victim.closed:
+            departing = [slot for slot in idle if slot.departs and not slot.pinned]
+            assert victim.departs or not departing, "what departs goes first"
         assert sum(slot.closed for slot in slots) == (worker.slots.closed is not None)
         ready = member and worker.accepting and not worker.overloaded
         assert (worker in fleet.ready) == ready
@@ -155,6 +165,8 @@ def test_invariants_hold_after_every_event(
             load_s, fetch_s=fetch_s, fails=lambda a: failure if a.name == "bad" else None
         )
         loader.times["c"] = 1.5
+        loader.unload_s = load_s
+        loader.unloads = [None, LoadError(LoadFault.WORKER, "no"), None]
         cluster = Cluster(
             3,
             slots=slots,
@@ -211,7 +223,7 @@ def test_invariants_hold_after_every_event(
                 case "remove" if member:
                     cluster.router.remove_worker(worker)
                 case "drain":
-                    cluster.router.set_accepting(worker, accepting=not worker.accepting)
+                    cluster.router.hold(worker, Hold.SILENT, held=worker.accepting)
                 case "add" if not member:
                     fresh = Worker(
                         worker.id, max_ongoing=max_ongoing, slots=slots, eviction=eviction
@@ -227,6 +239,12 @@ def test_invariants_hold_after_every_event(
                     cluster.router.pin(ref("a"), pinned=plan.what == "pin")
                 case "warm" if member:
                     cluster.router.warm(worker, ref("d"))
+                case "retire":
+                    cluster.router.retire(ref(NAMES[plan.worker]))
+                case "restore":
+                    cluster.router.restore(ref(NAMES[plan.worker]))
+                case "unload":
+                    await cluster.router.unload(ref(NAMES[plan.worker]))
                 case "close" if plan.worker == 0 and plan.at > 15:
                     cluster.router.close()
                 case _:
@@ -246,6 +264,11 @@ def test_invariants_hold_after_every_event(
         assert ended == sum(not task.cancelled() for task in tasks), "a job without an outcome"
         assert cluster.router.queued == 0
         assert cluster.router.loading == 0
+        closed = any(plan.what == "close" for plan in changes)
+        for worker in cluster.router.fleet:
+            held = [slot.adapter.name for slot in worker.slots]
+            assert closed or not worker.slots.departing, f"retired, and still there: {held}"
+        assert closed or not cluster.router.fleet.retired
         for worker in everyone:
             assert worker.in_flight == 0, "a lease was not released"
             assert all(slot.users == 0 for slot in worker.slots)

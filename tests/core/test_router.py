@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from harness import Cluster, FakeLoader, ref, settle, simulate
 
-from router.core.fleet import Report, Worker
+from router.core.fleet import Hold, Report, Worker
 from router.core.job import AdapterRef, AdapterUse, LoadError, LoadFault, Outcome, Rejected
 from router.core.placement import Reason
 from router.core.quotas import Quota
@@ -422,7 +422,7 @@ def test_a_late_word_of_a_worker_that_left_changes_nothing() -> None:
         cluster.router.remove_worker(old)
         fresh = Worker(old.id, max_ongoing=4, slots=2)
         cluster.router.add_worker(fresh)
-        cluster.router.set_accepting(old, accepting=True)
+        cluster.router.hold(old, Hold.SILENT, held=False)
         cluster.router.observe(old, Report(seq=9, gpu=(ref("ghost"),)))
         assert old not in cluster.router.fleet.ready
         assert cluster.router.fleet.holders(ref("ghost")) == ()
@@ -530,10 +530,10 @@ def test_cancelling_releases_everything(when: str) -> None:
             holding = cluster.start(cluster.use("a"))
             await holding
             [worker] = cluster.workers
-            cluster.router.set_accepting(worker, accepting=False)
+            cluster.router.hold(worker, Hold.SILENT, held=True)
             task = cluster.start(cluster.use("a"))
             await settle()
-            cluster.router.set_accepting(worker, accepting=True)
+            cluster.router.hold(worker, Hold.SILENT, held=False)
             assert (cluster.router.queued, worker.in_flight) == (0, 1), "granted, not yet resumed"
             task.cancel()
         await asyncio.gather(task, holding, return_exceptions=True)
@@ -597,9 +597,9 @@ def test_a_worker_that_does_not_accept_gets_nothing_new() -> None:
         first = await cluster.use("a")
         worker = cluster.router.fleet.get(first)
         assert worker is not None
-        cluster.router.set_accepting(worker, accepting=False)
+        cluster.router.hold(worker, Hold.SILENT, held=True)
         assert await cluster.use("a") != first
-        cluster.router.set_accepting(worker, accepting=True)
+        cluster.router.hold(worker, Hold.SILENT, held=False)
 
     simulate(main())
 

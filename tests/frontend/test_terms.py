@@ -77,7 +77,7 @@ def test_the_routers_own_headers_reach_no_worker() -> None:
     ours = ("x-lorayard-adapter", "x-lorayard-adapter-version", "x-lorayard-router")
     for name in (*sorted(terms.HEADERS), *ours, "x-other"):
         request.add(name.title().encode(), b"1")
-    head = request.for_worker(b"/v1/x", b"m:a", "", b"host: w\r\n").decode().split("\r\n")
+    head = request.for_worker(b"/v1/x", b"m:a", "", b"host: w\r\n", 2).decode().split("\r\n")
     assert head[0] == "POST /v1/x HTTP/1.1"
     assert sorted(filter(None, head[1:])) == [
         "content-length: 0",

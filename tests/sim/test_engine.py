@@ -380,7 +380,7 @@ EVENTS = st.lists(
     st.tuples(
         # Whole and half seconds meet the boundaries of round steps; others fall between them.
         st.one_of(st.sampled_from([0.0, 0.5, 1.0, 1.1, 2.0]), st.floats(0, 30, width=32)),
-        st.sampled_from(["submit", "submit", "submit", "submit", "load", "abort", "unload"]),
+        st.sampled_from(["submit", "submit", "submit", "submit", "load", "abort", "unload", "evict"]),
         st.integers(0, 2),
         st.integers(1, 300),
         st.integers(1, 120),
@@ -464,13 +464,14 @@ def play(
         _, what, which, prompt, output, adapter, hash_ids = entry
         if what == "submit":
             submit(which, prompt, output, adapter, hash_ids, again=prompt % 3 == 0)
-        elif what == "load":
+        elif what in {"load", "unload"}:
             number = len(seen)
-            loaded = engines[which].load(adapter or "a")
-            assert loaded.callbacks is not None
-            loaded.callbacks.append(lambda _: seen.append(("load", number, env.now)))
-            loads.append(loaded)
-        elif what == "unload":
+            on = engines[which]
+            moved = on.load(adapter or "a") if what == "load" else on.unload(adapter or "b")
+            assert moved.callbacks is not None
+            moved.callbacks.append(lambda _: seen.append((what, number, env.now)))
+            loads.append(moved)
+        elif what == "evict":
             engines[which].evict(adapter or "b")
         elif requests:
             on, item = requests[prompt % len(requests)]

@@ -71,6 +71,9 @@ def test_a_tail_of_any_length_is_thinned() -> None:
             await asyncio.sleep(500_000)
             return 0
 
+        async def unload(self, worker: Worker, adapter: AdapterRef) -> int:
+            raise AssertionError
+
     sampler = Sampler(span_s=60)
 
     async def scenario() -> None:

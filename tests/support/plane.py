@@ -303,9 +303,10 @@ class Link:
 
     def __init__(self, address: str) -> None:
         self.upstreams = UpstreamPool(address, "secret", "r0")
+        self.names = ""  # what this worker calls an adapter's version, as a format
 
-    async def activate(self, adapter: AdapterRef) -> None:
-        pass
+    def model_for(self, adapter: AdapterRef) -> str:
+        return self.names.format(adapter.model_id, adapter.version)
 
 
 class MadeUpPool:
@@ -333,6 +334,9 @@ class MadeUpPool:
         if self.fails is not None:
             raise self.fails
         return len(self.loads)
+
+    async def unload(self, worker: Worker, adapter: AdapterRef) -> int:
+        raise AssertionError
 
 
 class MadeUpModel:
