@@ -21,7 +21,9 @@ from router.core.router import Router
 from router.core.timing import EngineTimes
 from router.lifecycle.adapters import Adapters
 from router.lifecycle.operations import Operations
+from router.lifecycle.registry import News
 from router.lifecycle.sources import Sources
+from router.lifecycle.spread import Spread
 from router.telemetry.metrics import Metrics
 from router.workers.devices import NOTHING, Machine
 from router.workers.pool import WorkerPool
@@ -57,10 +59,11 @@ class ModelService:
         self.llm = llm
         self.model_id = llm.model_id
         cache_dir = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
+        folder = cache_dir / "adapters" / quote(llm.model_id, safe="")
+        self._spread = Spread(llm.model_id, folder)
         self.adapters: Adapters | None = None
         if llm.lora_config is not None:
-            folder = cache_dir / "adapters" / quote(llm.model_id, safe="")
-            self.adapters = _adapters(llm, llm.lora_config, config, folder)
+            self.adapters = _adapters(llm, llm.lora_config, config, folder, self._spread)
         self.pool = WorkerPool(
             llm,
             config,
@@ -83,7 +86,10 @@ class ModelService:
         )
         watch = metrics.watch(llm.model_id, self.router, config.explain_sample)
         self.router.set_observer(watch)
-        self.lifecycle = Operations(llm.model_id, self.adapters, self.router, self.pool)
+        self.lifecycle = Operations(
+            llm.model_id, self.adapters, self.router, self.pool, self._spread
+        )
+        self._spread.listen(self._drain)
         self._listing: asyncio.Task[None] | None = None
 
     @property
@@ -96,8 +102,17 @@ class ModelService:
         if self.adapters is not None:
             await asyncio.to_thread(self.adapters.cache.prepare)
             self.adapters.start(self.router)
+        self._spread.start()
+        if self.adapters is not None:
             self._listing = asyncio.create_task(self._list(self.adapters))
         self.pool.start(self.router)
+
+    def _drain(self, news: News) -> None:
+        """Apply what operators have said of workers."""
+        for worker_id, draining in news.draining.items():
+            if draining:
+                log.warning("%s is drained by an operator: it gets nothing new", worker_id)
+            self.pool.drain(worker_id, draining=draining)
 
     async def _list(self, adapters: Adapters) -> None:
         count = await adapters.refresh()
@@ -157,11 +172,14 @@ class ModelService:
             self._listing.cancel()
         if self.adapters is not None:
             await self.adapters.stop()
+        await self._spread.stop()
         await self.router.aclose()
         await self.pool.stop(hurry)
 
 
-def _adapters(llm: LLMConfig, lora: LoraConfig, config: RouterConfig, folder: Path) -> Adapters:
+def _adapters(
+    llm: LLMConfig, lora: LoraConfig, config: RouterConfig, folder: Path, spread: Spread
+) -> Adapters:
     """The adapters of a model that has some."""
     sources = Sources(open_store(lora.dynamic_lora_loading_path), open_store)
     cache = AdapterCache(
@@ -171,4 +189,4 @@ def _adapters(llm: LLMConfig, lora: LoraConfig, config: RouterConfig, folder: Pa
         timeout_s=lora.download_timeout_s,
         max_tries=lora.max_download_tries,
     )
-    return Adapters(llm.model_id, lora, sources, cache, folder, refresh_s=config.store_refresh_s)
+    return Adapters(llm.model_id, lora, sources, cache, spread, refresh_s=config.store_refresh_s)

@@ -13,7 +13,7 @@ is read but `loop.time()`, so the same code runs on a real loop and on the simul
 
 import asyncio
 import math
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from typing import Final, NoReturn
 
 from router.core.admission import AdmissionQueue, Waiter
@@ -176,6 +176,11 @@ class Router:
             return False
         self._loads.begin(worker, self.fleet.begin_load(worker, adapter))
         return True
+
+    def loaded(self, worker: Worker, adapter: AdapterRef) -> Awaitable[None] | None:
+        """Ends when the adapter is resident there, or with `LoadError`; None where it has no slot."""
+        slot = worker.slots.get(adapter)
+        return None if slot is None else self._loads.resident(worker, slot)
 
     def pin(self, adapter: AdapterRef, *, pinned: bool) -> None:
         """Never evict the adapter from where it is or comes to be, or evict it again as any other.

@@ -5,8 +5,7 @@ noticed in the listing, fetched and checked, loaded where the old one is held, a
 whoever comes after that gets it, who is on the way ends on the old one, which leaves when it is idle.
 What was never asked for is not fetched either: it simply is what the store has by then.
 
-Several processes of one host decide alike: what a name means is in `registry.py`, one of them sees to a
-change, and all take it in within `POLL_S`.
+Several processes of one host decide alike: one of them sees to a change, and all apply it (spread.py).
 """
 
 import asyncio
@@ -14,11 +13,9 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 import msgspec
-from anyio import CapacityLimiter, to_thread
 
 from router.adapters.cache import AdapterCache
 from router.adapters.catalog import AdapterCatalog
@@ -33,22 +30,20 @@ from router.lifecycle.alias import (
     refused,
     rolled_back,
 )
-from router.lifecycle.registry import Registry, RegistryError
+from router.lifecycle.registry import News, RegistryError
 from router.lifecycle.share import Share
 from router.lifecycle.sources import Sources
+from router.lifecycle.spread import Spread
 from router.lifecycle.usage import Usages
 from router.lifecycle.words import Change, LifecycleError
 
 log = logging.getLogger("lorayard.lifecycle")
 
 VERSION: Final = re.compile(r"[0-9a-f]{16}")
-POLL_S: Final = 0.1
-SPREAD_S: Final = 2.0  # the longest wait for all processes to take a change in
 WARM_S: Final = 120.0
 FOLLOWING_MAX: Final = 4
 HOLD_PERIOD_S: Final = 1.0
 SPLITTER: Final = "@"
-T = TypeVar("T")
 NO_ALIAS: Final = Alias()
 
 
@@ -61,7 +56,7 @@ class Adapters:
         lora: LoraConfig,
         sources: Sources,
         cache: AdapterCache,
-        folder: Path,
+        spread: Spread,
         *,
         refresh_s: float,
     ) -> None:
@@ -72,7 +67,8 @@ class Adapters:
         self._lora = lora
         self._sources = sources
         self._loop = asyncio.get_running_loop()
-        self._registry = Registry(folder)
+        self._spread = spread
+        spread.listen(self.take_in)
         self._router: Router | None = None
         self._aliases: dict[str, Alias] = {}
         self._serving: dict[str, AdapterRef] = {}
@@ -81,7 +77,6 @@ class Adapters:
         self._held: dict[tuple[str, str], None] = {}
         self._following: dict[str, asyncio.Task[None]] = {}
         self._turns = asyncio.Semaphore(FOLLOWING_MAX)
-        self._changes = CapacityLimiter(1)
         self._tasks: list[asyncio.Task[None]] = []
         self._missing: tuple[str, ...] = ()
         self._preloading = False
@@ -89,11 +84,9 @@ class Adapters:
     # From start to end.
 
     def start(self, router: Router) -> None:
-        """Begin to follow the store and the other processes. Raises `RegistryError`."""
+        """Know who loads them."""
         self._router = router
-        self._take_news()
-        for life in (self._follow_registry(), self._keep_held()):
-            self._tasks.append(self._loop.create_task(life))
+        self._tasks.append(self._loop.create_task(self._keep_held()))
 
     def preload(self) -> None:
         """Load what is to be there before it is asked for, from now on."""
@@ -138,7 +131,6 @@ class Adapters:
         for name, version in self._held:
             self.cache.let_go(name, version)
         self._held.clear()
-        await to_thread.run_sync(self._registry.close, limiter=self._changes)
 
     # Which version a request gets.
 
@@ -270,12 +262,12 @@ class Adapters:
     async def _follow(self, name: str) -> None:
         try:
             async with self._turns:
-                if not await self._in_thread(lambda: self._registry.claim(name)):
+                if not await self._spread.claim(name):
                     return  # another process sees to it
                 try:
                     await self._follow_alone(name)
                 finally:
-                    await asyncio.shield(self._in_thread(lambda: self._registry.give_back(name)))
+                    await self._spread.give_back(name)
         except (StoreError, RegistryError) as error:
             log.warning("%s: what the store has is not served yet: %s", self._id(name), error)
         except Exception:
@@ -446,13 +438,10 @@ class Adapters:
 
     # What a name means changes.
 
-    def _take_news(self) -> bool:
-        """Take in what was changed, here or by another process."""
-        news = self._registry.news()
-        if not news:
-            return False
-        self._take_sources(news)
-        for name, alias in news.items():
+    def take_in(self, news: News) -> None:
+        """Apply what was decided, here or in another process."""
+        self._take_sources(news.aliases)
+        for name, alias in news.aliases.items():
             before = self.alias(name)
             if alias.source != before.source:
                 self._spawn(self.catalog.find(name, afresh=True))
@@ -462,7 +451,6 @@ class Adapters:
                 self._aliases[name] = alias
             self._changed(name, before, alias)
         self.pin_all()
-        return True
 
     def _take_sources(self, news: Mapping[str, Alias]) -> None:
         places = {
@@ -516,20 +504,8 @@ class Adapters:
                 self._routing.retire(adapter)
 
     async def change(self, name: str, step: Callable[[Alias], Alias]) -> Alias:
-        """Change what a name means, for all processes; return when all of them know.
-
-        Raises `RegistryError`, and what the step does.
-        """
-        alias, serial = await self._in_thread(lambda: self._registry.change(name, step))
-        self._take_news()
-        await self._in_thread(self._registry.tell_seen)
-        until = self._loop.time() + SPREAD_S
-        while not await self._in_thread(lambda: self._registry.seen_by_all(serial)):
-            if self._loop.time() > until:
-                log.warning("%s: another router process has not taken it in yet", self._id(name))
-                break
-            await asyncio.sleep(POLL_S / 2)
-        return alias
+        """Change what a name means, in all processes. Raises `RegistryError`, and what the step does."""
+        return await self._spread.change(name, step)
 
     def _change_later(self, name: str, step: Callable[[Alias], Alias]) -> None:
         self._spawn(self.change(name, step))
@@ -561,23 +537,6 @@ class Adapters:
         task = self._loop.create_task(done())
         self._tasks.append(task)
         task.add_done_callback(self._tasks.remove)
-
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await to_thread.run_sync(work, limiter=self._changes)
-
-    async def _follow_registry(self) -> None:
-        """Take in what other processes change, for ever."""
-        failing = False
-        while True:
-            try:
-                if self._take_news():
-                    await self._in_thread(self._registry.tell_seen)
-                failing = False
-            except RegistryError as error:
-                if not failing:
-                    log.warning("%s: what other processes change is not known: %s", self.model_id, error)
-                failing = True
-            await asyncio.sleep(POLL_S)
 
     # What stays on disk, and in slots.
 

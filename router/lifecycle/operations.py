@@ -18,6 +18,7 @@ from router.core.router import Router
 from router.lifecycle.adapters import SPLITTER, Adapters
 from router.lifecycle.alias import Alias, promoted, rolled_back, split
 from router.lifecycle.registry import RegistryError
+from router.lifecycle.spread import Spread
 from router.lifecycle.status import Places, adapter_status, places_of, worker_status
 from router.lifecycle.words import AdapterStatus, Change, LifecycleError, Problem, WorkerStatus
 from router.workers.pool import WorkerPool
@@ -28,8 +29,16 @@ RESIDENT = "resident"
 class Operations:
     """The `Lifecycle` of one model; without `adapters` it serves the base model alone."""
 
-    def __init__(self, model_id: str, adapters: Adapters | None, router: Router, pool: WorkerPool) -> None:
+    def __init__(
+        self,
+        model_id: str,
+        adapters: Adapters | None,
+        router: Router,
+        pool: WorkerPool,
+        spread: Spread,
+    ) -> None:
         self.model_id = model_id
+        self._spread = spread
         self._adapters_or_none = adapters
         self._router = router
         self._pool = pool
@@ -62,7 +71,7 @@ class Operations:
     def workers(self) -> Sequence[WorkerStatus]:
         """All of them."""
         return [
-            worker_status(worker, draining=self._pool.is_draining(worker.id))
+            worker_status(worker, draining=worker.id in self._pool.draining)
             for worker in self._router.fleet
         ]
 
@@ -103,7 +112,8 @@ class Operations:
             held |= {slot.adapter: None for slot in worker.slots if slot.adapter.name == name}
         said: dict[str, str] = {}
         for adapter in held:
-            said |= await self._router.unload(adapter)
+            for worker_id, came in (await self._router.unload(adapter)).items():
+                said[worker_id] = came.message or came.result.value
         return Change(self._id(name), "leaves where it is idle" if said else "on no worker", said)
 
     async def warm(self, name: str) -> Change:
@@ -199,13 +209,12 @@ class Operations:
 
     async def drain(self, worker_id: str, *, draining: bool) -> Change:
         """Send a worker nothing new, or send it work again."""
-        if self._router.fleet.get(worker_id) is None:
-            known = ", ".join(worker.id for worker in self._router.fleet)
-            raise LifecycleError("unknown", f"no worker {worker_id}; there are: {known or 'none'}")
-        if draining:
-            self._pool.drain(worker_id)
-        else:
-            self._pool.undrain(worker_id)
+        if worker_id not in self._pool.ids:
+            raise LifecycleError(
+                "unknown", f"no worker {worker_id}; there are {', '.join(self._pool.ids)}"
+            )
+        async with _translated():
+            await self._spread.drain(worker_id, draining=draining)
         return Change(worker_id, "gets nothing new" if draining else "gets work again")
 
     # What they share.

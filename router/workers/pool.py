@@ -132,28 +132,25 @@ class WorkerPool:
     # An operator's word.
 
     @property
+    def ids(self) -> tuple[str, ...]:
+        """The names of all workers, whether they are there or not."""
+        return tuple(worker_id_of(self._llm, number) for number in range(self._llm.replicas))
+
+    @property
     def draining(self) -> tuple[str, ...]:
         """The ids of the workers that an operator drains."""
         return tuple(self._draining)
 
-    def drain(self, worker_id: str) -> bool:
-        """Send a worker nothing new until `undrain`, started again or not; what runs there ends.
+    def drain(self, worker_id: str, *, draining: bool) -> None:
+        """Send a worker nothing new, not even loads, started again or not; or send it work again.
 
-        Not even loads. False where there is no such worker.
+        What runs there goes on.
         """
-        if worker_id not in {worker_id_of(self._llm, n) for n in range(self._llm.replicas)}:
-            return False
-        self._draining[worker_id] = None
+        if draining:
+            self._draining[worker_id] = None
+        else:
+            self._draining.pop(worker_id, None)
         self._hold(worker_id)
-        return True
-
-    def undrain(self, worker_id: str) -> bool:
-        """Let it have jobs again; one that is silent once it speaks. False where it was not drained."""
-        if worker_id not in self._draining:
-            return False
-        del self._draining[worker_id]
-        self._hold(worker_id)
-        return True
 
     def _hold(self, worker_id: str) -> None:
         worker = self._router.fleet.get(worker_id) if self._router is not None else None

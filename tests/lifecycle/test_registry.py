@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from router.lifecycle.alias import Alias
-from router.lifecycle.registry import FILE, Registry, RegistryError
+from router.lifecycle.registry import FILE, News, Registry, RegistryError
 from router.lifecycle.words import LifecycleError
 
 
@@ -21,17 +21,19 @@ def count(alias: Alias) -> Alias:
 
 def test_what_one_process_changes_another_sees_once(tmp_path: Path) -> None:
     one, other = Registry(tmp_path), Registry(tmp_path)
-    assert one.news() == other.news() == {}
+    assert not one.news()
+    assert not other.news()
     after, serial = one.change("a", lambda _: Alias(serving="x"))
     assert after == Alias(serving="x")
-    assert one.news() == other.news() == {"a": Alias(serving="x")}
-    assert one.news() == other.news() == {}
+    assert one.news() == other.news() == News({"a": Alias(serving="x")})
+    assert not one.news()
+    assert not other.news()
     assert other.change("a", lambda alias: alias)[1] == serial, "no change has no number of its own"
-    assert one.news() == {}
+    assert not one.news()
     one.close()
     assert other.change("b", count)[1] > serial
     other.close()
-    assert set(Registry(tmp_path).news()) == {"a", "b"}
+    assert set(Registry(tmp_path).news().aliases) == {"a", "b"}
 
 
 def test_a_step_that_raises_changes_nothing(tmp_path: Path) -> None:
@@ -64,7 +66,7 @@ def test_no_step_of_several_processes_is_lost(tmp_path: Path) -> None:
         process.join(60)
         assert process.exitcode == 0
     registry = Registry(tmp_path)
-    assert registry.news()["a"].changed_at == 150
+    assert registry.news().aliases["a"].changed_at == 150
     registry.close()
 
 
