@@ -12,6 +12,8 @@ import msgspec
 from router.adapters.cache import AdapterCache, default_cache_dir
 from router.adapters.catalog import AdapterCatalog
 from router.adapters.open import open_store
+from router.adapters.space import GIB, Space
+from router.adapters.transfer import Downloads
 from router.adapters.validate import adapter_rules
 from router.config import ConfigError, LLMConfig, RouterConfig
 from router.core.fleet import Fleet
@@ -47,6 +49,7 @@ class ModelService:
         llm: LLMConfig,
         config: RouterConfig,
         metrics: Metrics,
+        downloads: Downloads,
         machine: Machine = NOTHING,
         first_place: int = 0,
     ) -> None:
@@ -58,12 +61,16 @@ class ModelService:
         if llm.lora_config is not None:
             store = open_store(llm.lora_config.dynamic_lora_loading_path)
             self.catalog = AdapterCatalog(store, refresh_s=config.store_refresh_s)
+            adapters_dir = cache_dir / "adapters"
+            max_gib = config.cache_max_gib
             self._cache = AdapterCache(
                 store,
-                cache_dir / "adapters" / quote(llm.model_id, safe=""),
+                adapters_dir / quote(llm.model_id, safe=""),
                 adapter_rules(llm),
                 timeout_s=llm.lora_config.download_timeout_s,
                 max_tries=llm.lora_config.max_download_tries,
+                downloads=downloads,
+                space=Space(adapters_dir, None if max_gib is None else int(max_gib * GIB)),
             )
         self.pool = WorkerPool(
             llm,
@@ -98,7 +105,7 @@ class ModelService:
             await asyncio.to_thread(self._cache.prepare)
             await self.catalog.refresh()
             log.info("%s: %d adapters in the store", self.model_id, len(self.catalog.names))
-            self._pin()
+            await self._pin()
             self._refreshing = asyncio.create_task(self.catalog.keep_fresh(self._refreshed))
         self.pool.start(self.router)
 
@@ -107,14 +114,14 @@ class ModelService:
         await self.pool.started()
         self._warm_pins()
 
-    def _refreshed(self) -> None:
-        self._pin()
+    async def _refreshed(self) -> None:
+        await self._pin()
         self._warm_pins()
 
-    def _pin(self) -> None:
-        """Pin what the configuration names, at the version that is listed now."""
+    async def _pin(self) -> None:
+        """Pin what the configuration names, at the version that is in the store now."""
         assert self.catalog is not None
-        listed = {name: self.catalog.get(name) for name in self.llm.pinned}
+        listed = {name: await self.catalog.find(name) for name in self.llm.pinned}
         missing = tuple(name for name, stored in listed.items() if stored is None)
         if missing and missing != self._pins_missing:
             log.warning(
@@ -152,7 +159,8 @@ class ModelService:
         if self.catalog is None:
             return None
         stored = None if afresh else self.catalog.get(name)
-        stored = stored or await self.catalog.find(name, afresh=afresh)
+        if stored is None or not stored.version:
+            stored = await self.catalog.find(name, afresh=afresh)
         return None if stored is None else AdapterRef(self.model_id, name, stored.version)
 
     @property

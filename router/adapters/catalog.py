@@ -8,7 +8,7 @@ reaches a worker nor loads the store. Nothing that a client asks for makes anyth
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 from anyio import CapacityLimiter, to_thread
@@ -41,26 +41,32 @@ class AdapterCatalog:
         return sorted(self._listed)
 
     def get(self, name: str) -> StoredAdapter | None:
-        """The adapter as listed, without looking."""
+        """The adapter as listed, without looking; its `version` may not be known yet."""
         return self._listed.get(name)
 
     async def refresh(self) -> None:
         """Read the whole listing. Raises `StoreError`, and then keeps the listing that it has."""
         try:
             async with asyncio.timeout(LIST_TIMEOUT_S):
-                self._listed = await to_thread.run_sync(
+                listed = await to_thread.run_sync(
                     self._store.list, abandon_on_cancel=True, limiter=self._threads
                 )
         except TimeoutError:
             raise StoreError(f"{self._store.url}: no listing after {LIST_TIMEOUT_S:g} s") from None
+        # A version that was looked up holds for as long as the listing says that nothing changed.
+        for name, adapter in listed.items():
+            known = self._listed.get(name)
+            if not adapter.version and known is not None and known.revision == adapter.revision:
+                listed[name] = known
+        self._listed = listed
 
-    async def keep_fresh(self, refreshed: Callable[[], None]) -> None:
+    async def keep_fresh(self, refreshed: Callable[[], Awaitable[None]]) -> None:
         """Refresh for ever, and say so; a store that cannot be read is logged and asked again."""
         while True:
             await asyncio.sleep(self._refresh_s)
             try:
                 await self.refresh()
-                refreshed()
+                await refreshed()
             except StoreError as error:
                 log.warning("the listing is kept as it was: %s", error)
             except Exception:  # this must not end while the router runs
@@ -69,11 +75,13 @@ class AdapterCatalog:
     async def find(self, name: str, *, afresh: bool = False) -> StoredAdapter | None:
         """The adapter, or None where there is none of that name. Raises `StoreError`.
 
-        `afresh` looks even for what is listed: it was found to have changed.
+        Its `version` is known. `afresh` looks even for what is listed: it was found to have changed.
         """
         adapter = None if afresh else self._listed.get(name)
-        if adapter is not None or not is_name(name):
+        if adapter is not None and adapter.version:
             return adapter
+        if not is_name(name):
+            return None
         now = asyncio.get_running_loop().time()
         absent_since = self._absent.get(name)
         if absent_since is not None and now - absent_since < ABSENT_S:

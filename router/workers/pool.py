@@ -17,6 +17,7 @@ from typing import Final
 from engine_worker.protocol import TOKEN_ENV, AdapterId, Info, State
 from router.adapters.cache import AdapterCache
 from router.adapters.catalog import AdapterCatalog
+from router.adapters.store import StoreError
 from router.config import LLMConfig, RouterConfig
 from router.core.claims import PATIENCES
 from router.core.fleet import LoadRefusedError, Report, Worker
@@ -148,7 +149,12 @@ class WorkerPool:
     async def _folder_of(self, adapter: AdapterRef) -> Path:
         assert self._catalog is not None
         assert self._cache is not None
-        stored = self._catalog.get(adapter.name)
+        stored = self._cache.find(adapter.name, adapter.version)
+        if stored is None:
+            try:
+                stored = await self._catalog.find(adapter.name)
+            except StoreError as error:
+                raise LoadError(LoadFault.STORE_UNAVAILABLE, str(error)) from None
         if stored is None or stored.version != adapter.version:
             raise LoadError(
                 LoadFault.ADAPTER_CHANGED,
@@ -161,6 +167,21 @@ class WorkerPool:
         client = self._clients.get(worker.id)
         if client is None:
             raise LoadError(LoadFault.WORKER, f"worker {worker.id} is gone")
+        assert self._cache is not None
+        # From here on no other adapter's download may have it removed, until the engine has read it.
+        self._cache.hold(adapter.name, adapter.version)
+        try:
+            return await self._load(client, worker, adapter, evict)
+        finally:
+            self._cache.let_go(adapter.name, adapter.version)
+
+    async def _load(
+        self,
+        client: WorkerClient,
+        worker: Worker,
+        adapter: AdapterRef,
+        evict: AdapterRef | None,
+    ) -> int:
         folder = await self._folder_of(adapter)
         leaves = worker.slots.get(evict) if evict is not None else None
         # The core lets one leave that others use only for who has waited too long.
