@@ -6,14 +6,16 @@ from pathlib import Path
 from rich.console import Console
 
 from router.adapters.open import open_store
+from router.adapters.pace import Deadline
 from router.adapters.store import StoreError
+from router.adapters.transfer import Downloads, reserve
 from router.adapters.validate import (
     InvalidAdapterError,
     adapter_rules,
     check_files,
     check_listing,
 )
-from router.config import Config, LLMConfig
+from router.config import Config, LLMConfig, LoraConfig
 from router.telemetry.record_file import check_path
 
 
@@ -27,6 +29,7 @@ def check(config: Config, console: Console) -> int:
     Raises `CheckError`, `RecordError` and `StoreError` for what would keep the router from starting.
     """
     refused = 0
+    downloads = Downloads(config.router.download_connections, config.router.download_mib_per_s)
     for llm in config.llm_configs:
         _check_model(llm)
         scaling = llm.deployment_config
@@ -36,7 +39,7 @@ def check(config: Config, console: Console) -> int:
             highlight=False,
         )
         if llm.lora_config is not None:
-            refused += _check_adapters(llm, llm.lora_config.dynamic_lora_loading_path, console)
+            refused += _check_adapters(llm, llm.lora_config, downloads, console)
     if record := config.router.record:
         check_path(Path(record.path))
         prompts = "with" if record.prompts else "without"
@@ -59,24 +62,32 @@ def _check_model(llm: LLMConfig) -> None:
         raise CheckError(f"{llm.model_id}: model_source {source} has no config.json")
 
 
-def _check_adapters(llm: LLMConfig, path: str, console: Console) -> int:
-    store = open_store(path)
-    listed = store.list()
-    console.print(f"  {len(listed)} adapters in {path}", highlight=False)
+def _check_adapters(
+    llm: LLMConfig, lora: LoraConfig, downloads: Downloads, console: Console
+) -> int:
+    store = open_store(lora.dynamic_lora_loading_path)
+    names = list(store.list())
+    console.print(f"  {len(names)} adapters in {lora.dynamic_lora_loading_path}", highlight=False)
     rules = adapter_rules(llm)
     refused = 0
-    for adapter in listed.values():
+    for name in names:
         try:
+            adapter = store.find(name)
+            if adapter is None:  # it left since it was listed
+                continue
             check_listing(adapter)
-            with tempfile.TemporaryDirectory(prefix="lorayard-check-") as folder:
-                store.fetch(adapter, Path(folder), lambda: False)
-                facts = check_files(adapter.name, Path(folder), rules)
+            with tempfile.TemporaryDirectory(prefix="lorayard-check-") as above:
+                folder = Path(above) / name
+                reserve(adapter, folder)
+                deadline = Deadline(lora.download_timeout_s)
+                downloads.fetch(store, adapter, folder, deadline, max_tries=lora.max_download_tries)
+                facts = check_files(name, folder, rules)
         except (InvalidAdapterError, StoreError) as error:
             refused += 1
             console.print(f"  refused: {error}", style="red", highlight=False, markup=False)
         else:
             console.print(
-                f"  {llm.model_id}:{adapter.name}  rank {facts.rank}, {facts.bytes / 1e6:.1f} MB, "
+                f"  {llm.model_id}:{name}  rank {facts.rank}, {facts.bytes / 1e6:.1f} MB, "
                 f"{', '.join(facts.target_modules)}",
                 highlight=False,
             )

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 import yaml
 
+from router.adapters.address import problem_with
 from router.core.policies import POLICIES
 from router.core.quotas import Quota
 from router.core.residency import Eviction
@@ -20,6 +21,9 @@ Positive = Annotated[int, msgspec.Meta(ge=1)]
 Natural = Annotated[int, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 NODES_MAX: Final = 100_000
+CONNECTIONS: Final = 16
+# What the stores' clients can hold open.
+CONNECTIONS_MAX: Final = 64
 # Of vLLM's arguments, those that must be whole numbers and that the simulator reads too.
 ENGINE_INTEGERS: Final = (
     "max_loras", "max_cpu_loras", "max_lora_rank", "max_num_seqs", "max_num_batched_tokens",
@@ -43,8 +47,11 @@ class ModelLoadingConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True
 class LoraConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Where adapters are and how many one worker holds.
 
+    `dynamic_lora_loading_path` is a folder, or s3://, gs://, az://, https:// or hf://. A download may
+    take `download_timeout_s` in all, and each of its parts may be tried `max_download_tries` times.
     `accepted_base_models` names further values of `base_model_name_or_path` that adapters may carry;
-    `eviction` says which idle adapter leaves for another, and `pinned_adapters` never do.
+    `eviction` says which idle adapter leaves for another, and `pinned_adapters` never do; they are loaded
+    at the start, and so are `preload_adapters`.
     `rollout_weight` is the share of requests that a new version of an adapter gets when it is ready: 1
     and it serves all, 0 and it waits for its promotion. One that serves and fails more often than all
     else is rolled back within its first `rollback_window_s`.
@@ -57,6 +64,7 @@ class LoraConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     accepted_base_models: tuple[str, ...] = ()
     eviction: Eviction = Eviction.LRU
     pinned_adapters: tuple[str, ...] = ()
+    preload_adapters: tuple[str, ...] = ()
     rollout_weight: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
     rollback_window_s: Seconds = 600.0
 
@@ -166,6 +174,9 @@ class RouterConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     would miss it is turned away, so that the others do not. `tenants` are named by the header
     `x-tenant`; a name that is not listed is none. `explain_sample` is the share of decisions that are
     logged with their reasons.
+    `download_connections` is how many parts of adapters are downloaded at once, and
+    `download_mib_per_s` how fast all of them together (None: no limit). `cache_max_gib` is what
+    adapters may take on disk, all base models together (None: no bound); the least recently used go.
     Requests need a key if the environment variable that `api_keys_env` names holds some, separated
     by commas.
     """
@@ -188,7 +199,10 @@ class RouterConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     boot_timeout_s: Seconds = 900.0
     drain_timeout_s: Seconds = 30.0
     store_refresh_s: Seconds = 30.0
+    download_connections: Annotated[int, msgspec.Meta(ge=1, le=CONNECTIONS_MAX)] = CONNECTIONS
+    download_mib_per_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
     cache_dir: str | None = None
+    cache_max_gib: Annotated[float, msgspec.Meta(gt=0)] | None = None
     log_dir: str | None = None
     api_keys_env: str = "LORAYARD_API_KEYS"
     seed: int | None = None
@@ -433,13 +447,8 @@ def _check_engine(llm: LLMConfig, path: str, lines: _Lines) -> None:
         )
     store = llm.lora_config.dynamic_lora_loading_path
     where = f"{path}.lora_config.dynamic_lora_loading_path"
-    scheme = re.match(r"^([A-Za-z0-9]+):/", store)
-    if scheme and scheme[1] != "s3":
-        raise lines.error(
-            f"`{scheme[1]}://` is not supported yet; write s3://BUCKET/PREFIX or a folder", where
-        )
-    if not store or (scheme and not re.match(r"^s3://[a-z0-9][a-z0-9.-]+(/.*)?$", store)):
-        raise lines.error(f"`{store}` names no store; write s3://BUCKET/PREFIX or a folder", where)
+    if problem := problem_with(store):
+        raise lines.error(problem, where)
 
 
 def _check_router(config: Config, lines: _Lines) -> None:

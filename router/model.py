@@ -12,6 +12,8 @@ import msgspec
 from router.adapters.cache import AdapterCache, default_cache_dir
 from router.adapters.catalog import AdapterCatalog
 from router.adapters.open import open_store
+from router.adapters.space import GIB, Space
+from router.adapters.transfer import Downloads
 from router.adapters.validate import adapter_rules
 from router.config import ConfigError, LLMConfig, LoraConfig, RouterConfig
 from router.core.fleet import Fleet
@@ -53,17 +55,20 @@ class ModelService:
         llm: LLMConfig,
         config: RouterConfig,
         metrics: Metrics,
+        downloads: Downloads,
         machine: Machine = NOTHING,
         first_place: int = 0,
     ) -> None:
         self.llm = llm
         self.model_id = llm.model_id
         cache_dir = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
-        folder = cache_dir / "adapters" / quote(llm.model_id, safe="")
+        folder = _folder_of(cache_dir, llm.model_id)
         self._spread = Spread(llm.model_id, folder)
         self.adapters: Adapters | None = None
         if llm.lora_config is not None:
-            self.adapters = _adapters(llm, llm.lora_config, config, folder, self._spread)
+            self.adapters = _adapters(
+                llm, llm.lora_config, config, cache_dir, downloads, self._spread
+            )
         self.pool = WorkerPool(
             llm,
             config,
@@ -177,16 +182,29 @@ class ModelService:
         await self.pool.stop(hurry)
 
 
+def _folder_of(cache_dir: Path, model_id: str) -> Path:
+    """Where the adapters of one model are kept."""
+    return cache_dir / "adapters" / quote(model_id, safe="")
+
+
 def _adapters(
-    llm: LLMConfig, lora: LoraConfig, config: RouterConfig, folder: Path, spread: Spread
+    llm: LLMConfig,
+    lora: LoraConfig,
+    config: RouterConfig,
+    cache_dir: Path,
+    downloads: Downloads,
+    spread: Spread,
 ) -> Adapters:
     """The adapters of a model that has some."""
     sources = Sources(open_store(lora.dynamic_lora_loading_path), open_store)
+    max_gib = config.cache_max_gib
     cache = AdapterCache(
         sources,
-        folder,
+        _folder_of(cache_dir, llm.model_id),
         adapter_rules(llm),
         timeout_s=lora.download_timeout_s,
         max_tries=lora.max_download_tries,
+        downloads=downloads,
+        space=Space(cache_dir / "adapters", None if max_gib is None else int(max_gib * GIB)),
     )
     return Adapters(llm.model_id, lora, sources, cache, spread, refresh_s=config.store_refresh_s)

@@ -13,6 +13,7 @@ from typing import Final
 
 import prometheus_client
 
+from router.adapters.transfer import Downloads
 from router.config import Config
 from router.frontend.auth import Keys
 from router.frontend.models import Models
@@ -91,9 +92,11 @@ def _collect_seldom() -> None:
 def _services(config: Config, metrics: Metrics) -> Iterator[ModelService]:
     """Each model's, with its share of what this machine has."""
     machine = this_machine(config.llm_configs)
+    settings = config.router
+    downloads = Downloads(settings.download_connections, settings.download_mib_per_s)
     place = 0
     for llm in config.llm_configs:
-        yield ModelService(llm, config.router, metrics, machine, place)
+        yield ModelService(llm, settings, metrics, downloads, machine, place)
         if llm.engine == "vllm":
             place += llm.replicas * gpus_per_worker(llm)
 

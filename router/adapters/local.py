@@ -1,12 +1,26 @@
-"""Adapters in a local folder. They are copied too: a file that is served must not change in place."""
+"""Adapters in a local folder. They are copied too: a file that is served must not change in place.
 
+A listing reads no file, so that it stays cheap with many; an adapter's version is the digest of its
+content, computed when it is looked up and remembered for as long as size, time of change and inode
+stay. So a file that was only touched keeps its version. A symbolic link that leads out of the folder
+makes its adapter none: who may write adapters there could have the router hand out any file.
+"""
+
+import hashlib
+import logging
 import os
-from collections.abc import Callable
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
+import msgspec
+
+from router.adapters.checksum import Algorithm, Checksum
 from router.adapters.store import (
     CHUNK_BYTES,
-    NEEDED,
+    TRANSFERRED,
     AdapterGoneError,
     StoredAdapter,
     StoredFile,
@@ -15,6 +29,13 @@ from router.adapters.store import (
     stored_adapter,
 )
 
+log = logging.getLogger("lorayard.adapters")
+
+DIGESTS_MAX: Final = 65_536
+# A file may change twice within one tick of its file system's clock, and then looks unchanged.
+SETTLED_NS: Final = 2_000_000_000
+Files = list[StoredFile]
+
 
 class LocalStore:
     """One sub-folder an adapter."""
@@ -22,53 +43,137 @@ class LocalStore:
     def __init__(self, folder: str) -> None:
         self.url = folder
         self._folder = Path(folder)
+        self._root = os.path.realpath(folder)
+        self._digests: OrderedDict[tuple[str, int, str], str] = OrderedDict()
+        self._refused: dict[str, None] = {}
 
     def list(self) -> dict[str, StoredAdapter]:
-        """Look into every sub-folder."""
+        """Look into every sub-folder, and into no file: no `version` is known."""
         try:
             with os.scandir(self._folder) as entries:
-                names = sorted(entry.name for entry in entries if entry.is_dir())
+                names = sorted(entry.name for entry in entries if is_name(entry.name))
         except OSError as error:
             raise StoreError(f"adapter folder {self.url}: {error.strerror}") from None
-        found = (self.find(name) for name in names)
-        return {adapter.name: adapter for adapter in found if adapter is not None}
+        found = {}
+        for name in names:
+            adapter = stored_adapter(name, self._files(name), exact=False)
+            if adapter is not None:
+                found[name] = adapter
+        self._refused = {name: None for name in self._refused if name in names}
+        return found
 
     def find(self, name: str) -> StoredAdapter | None:
-        """Look into one sub-folder."""
+        """Look into one sub-folder, and read what is in it unless that was done before."""
         if not is_name(name):
             return None
+        files = [
+            msgspec.structs.replace(file, sha256=self._sha256(name, file))
+            if file.name in TRANSFERRED
+            else file
+            for file in self._files(name)
+        ]
+        return stored_adapter(name, files)
+
+    def read(
+        self, adapter: StoredAdapter, file: StoredFile, start: int, stop: int
+    ) -> Iterator[bytes]:
+        """Read the file that was listed, and no other that has its name by now."""
+        descriptor = self._open(adapter.name, file)
+        try:
+            while start < stop:
+                data = os.pread(descriptor, min(CHUNK_BYTES, stop - start), start)
+                if not data:
+                    return
+                start += len(data)
+                yield data
+            if _tag(os.fstat(descriptor)) != file.tag:
+                raise self._changed(adapter.name)
+        except OSError as error:
+            raise StoreError(f"{self.url}/{adapter.name}/{file.name}: {error.strerror}") from None
+        finally:
+            os.close(descriptor)
+
+    def checksum(
+        self,
+        adapter: StoredAdapter,  # noqa: ARG002  (other stores need it)
+        file: StoredFile,
+    ) -> Checksum | None:
+        """Return the digest that its version was made of."""
+        return Checksum(Algorithm.SHA256, file.sha256) if file.sha256 else None
+
+    def _files(self, name: str) -> Files:
+        """All files of a sub-folder; none where it is no adapter's."""
         files = []
         try:
-            with os.scandir(self._folder / name) as entries:
+            folder = self._folder / name
+            if folder.is_symlink() and not self._is_inside(folder):
+                return self._refuse(name, folder)
+            with os.scandir(folder) as entries:
                 for entry in entries:
-                    if entry.is_file():
-                        stat = entry.stat()
-                        tag = f"{stat.st_mtime_ns}"
-                        files.append(StoredFile(entry.name, stat.st_size, tag))
+                    if not entry.is_file():
+                        continue
+                    if entry.is_symlink() and not self._is_inside(Path(entry.path)):
+                        return self._refuse(name, Path(entry.path))
+                    stat = entry.stat()
+                    files.append(StoredFile(entry.name, stat.st_size, _tag(stat)))
         except (FileNotFoundError, NotADirectoryError):
-            return None
+            return []
         except OSError as error:
             raise StoreError(f"adapter folder {self.url}/{name}: {error.strerror}") from None
-        return stored_adapter(self.url, name, files)
+        return files
 
-    def fetch(self, adapter: StoredAdapter, into: Path, should_stop: Callable[[], bool]) -> None:
-        """Copy the needed files, then make sure that they did not change meanwhile."""
-        for name in NEEDED:
-            if adapter.file(name) is None:
-                continue
-            try:
-                with (
-                    (self._folder / adapter.name / name).open("rb") as source,
-                    (into / name).open("wb") as target,
-                ):
-                    while chunk := source.read(CHUNK_BYTES):
-                        if should_stop():
-                            raise StoreError(f"copying {adapter.name} took too long")
-                        target.write(chunk)
-            except FileNotFoundError:
-                raise AdapterGoneError(f"{adapter.name} is no longer in {self.url}") from None
-            except OSError as error:
-                raise StoreError(f"copying {adapter.name}/{name}: {error.strerror}") from None
-        now = self.find(adapter.name)
-        if now is None or now.version != adapter.version:
-            raise AdapterGoneError(f"{adapter.name} changed in {self.url} while it was copied")
+    def _is_inside(self, path: Path) -> bool:
+        return os.path.realpath(path).startswith(self._root + os.sep)
+
+    def _refuse(self, name: str, link: Path) -> Files:
+        if name not in self._refused:
+            self._refused[name] = None
+            log.warning(
+                "adapter %s is left out: %s is a symbolic link that leads out of %s; "
+                "copy what it links to into the folder",
+                name,
+                link,
+                self.url,
+            )
+        return []
+
+    def _open(self, name: str, file: StoredFile) -> int:
+        path = os.path.realpath(self._folder / name / file.name)
+        if not path.startswith(self._root + os.sep):
+            raise self._changed(name)
+        try:
+            # What a link led to was looked at above: that the last part is none now costs nothing.
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise self._changed(name) from None
+        except OSError as error:
+            raise StoreError(
+                f"{self.url}/{name}/{file.name}: {error.strerror}", passing=False
+            ) from None
+        if _tag(os.fstat(descriptor)) != file.tag:
+            os.close(descriptor)
+            raise self._changed(name)
+        return descriptor
+
+    def _sha256(self, name: str, file: StoredFile) -> str:
+        key = (f"{name}/{file.name}", file.size, file.tag)
+        if (known := self._digests.get(key)) is not None:
+            return known
+        descriptor = self._open(name, file)
+        with open(descriptor, "rb") as content:  # noqa: PTH123  (a descriptor)
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+            stat = os.fstat(descriptor)
+        if _tag(stat) != file.tag:
+            raise StoreError(f"{self.url}/{name}/{file.name} is being written; try again")
+        if time.time_ns() - stat.st_mtime_ns > SETTLED_NS:
+            self._digests[key] = digest
+            if len(self._digests) > DIGESTS_MAX:
+                self._digests.popitem(last=False)
+        return digest
+
+    def _changed(self, name: str) -> AdapterGoneError:
+        return AdapterGoneError(f"adapter {name} changed in {self.url}, or left it")
+
+
+def _tag(stat: os.stat_result) -> str:
+    return f"{stat.st_mtime_ns}-{stat.st_ino}-{stat.st_size}"
