@@ -143,9 +143,7 @@ class ModelService:
         if self.adapters is not None:
             self.adapters.preload()
 
-    async def find(
-        self, name: str, user: str = "", *, afresh: bool = False
-    ) -> AdapterRef | None:
+    async def find(self, name: str, user: str = "", *, afresh: bool = False) -> AdapterRef | None:
         """The adapter of that name for a user, or None; looked up in the store now if `afresh`.
 
         Raises `StoreError`.

@@ -66,6 +66,7 @@ class Exchange:
         "_loop",
         "_metrics",
         "_model",
+        "_model_id",
         "_path",
         "_recorder",
         "_recording",
@@ -96,6 +97,7 @@ class Exchange:
         self._client = client
         self._path = path
         self._model = model
+        self._model_id = head.model
         self._config = config
         self._metrics = metrics
         self._recorder = recorder
@@ -266,6 +268,8 @@ class Exchange:
         version = adapter.version if adapter else ""
         named = adapter.model_id.encode() if adapter else b""
         model = client.model_for(adapter) if adapter else ""
+        if adapter and not model and self._model_id != adapter.model_id:
+            model = adapter.model_id  # the version that was named goes in a header
         own = client.upstreams.headers
 
         def asked() -> tuple[bytes, bytes]:

@@ -284,7 +284,9 @@ class Adapters:
         adapter = AdapterRef(self.model_id, name, stored.version)
         weight = self._lora.rollout_weight
         if self._in_use(serving):
-            log.info("%s: %s is in the store, %s serves", self._id(name), stored.version, serving.version)
+            log.info(
+                "%s: %s is in the store, %s serves", self._id(name), stored.version, serving.version
+            )
             try:
                 await self.cache.folder_of(stored)
                 await self._load_beside(serving, adapter, weight)
@@ -410,7 +412,8 @@ class Adapters:
             stored = await self.catalog.find(name, afresh=True)
             if stored is None:
                 raise LifecycleError(
-                    "invalid", f"{source} holds no adapter; name a folder with an adapter_config.json"
+                    "invalid",
+                    f"{source} holds no adapter; name a folder with an adapter_config.json",
                 )
             await self.cache.folder_of(stored)
             serving = self._serving.get(name)
@@ -582,10 +585,10 @@ class Adapters:
                 self._routing.pin(adapter, pinned=False)
                 del self._pinned[name]
         for name in names:
-            adapter = self._serving.get(name)
-            if adapter is not None and name not in self._pinned:
-                self._pinned[name] = adapter
-                self._routing.pin(adapter, pinned=True)
+            serving = self._serving.get(name)
+            if serving is not None and name not in self._pinned:
+                self._pinned[name] = serving
+                self._routing.pin(serving, pinned=True)
 
     def _pinned_names(self) -> dict[str, None]:
         names = dict.fromkeys(self._lora.pinned_adapters)

@@ -61,7 +61,9 @@ def followed(alias: Alias, version: str, weight: float, now: float) -> Alias:
 def split(alias: Alias, version: str, weight: float, now: float) -> Alias:
     """Give a version a share of the requests. Raises `LifecycleError`."""
     if not 0.0 <= weight < 1.0:
-        raise LifecycleError("invalid", f"the weight is {weight:g}; give 0 to below 1, or promote it")
+        raise LifecycleError(
+            "invalid", f"the weight is {weight:g}; give 0 to below 1, or promote it"
+        )
     if version == alias.serving:
         raise LifecycleError("conflict", f"{version} serves already; name another version")
     return msgspec.structs.replace(

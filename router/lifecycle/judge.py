@@ -48,6 +48,8 @@ def is_worse(new: Tally, rest: Tally) -> bool:
         return False
     low, _ = bounds(new.failures, new.requests)
     _, high = bounds(rest.failures, rest.requests)
-    if not rest.failures:  # little was served beside it: it is measured against one that fails seldom
+    if (
+        not rest.failures
+    ):  # little was served beside it: it is measured against one that fails seldom
         high = min(high, SELDOM)
     return low > high

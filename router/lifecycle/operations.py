@@ -126,7 +126,9 @@ class Operations:
         """Never evict it from where it is or comes to be, or evict it again as any other."""
         await self._known(name)
         if not pinned and self._adapters.is_pinned_by_configuration(name):
-            raise LifecycleError("conflict", "the configuration pins it (pinned_adapters); change it there")
+            raise LifecycleError(
+                "conflict", "the configuration pins it (pinned_adapters); change it there"
+            )
         await self._stepped(name, lambda alias: msgspec.structs.replace(alias, pinned=pinned))
         return Change(self._id(name), "pinned" if pinned else "not pinned")
 
@@ -254,7 +256,9 @@ class Operations:
         return Change(self._id(name), alias.message)
 
     def _unknown(self, name: str) -> LifecycleError:
-        return LifecycleError("unknown", f"no adapter {self._id(name)}; `list` shows those that there are")
+        return LifecycleError(
+            "unknown", f"no adapter {self._id(name)}; `list` shows those that there are"
+        )
 
     def _id(self, name: str) -> str:
         return f"{self.model_id}:{name}"

@@ -126,7 +126,9 @@ class Registry:
     def _write(writer: sqlite3.Connection, kind: str, name: str, record: bytes) -> int:
         (last,) = writer.execute("SELECT max(serial) FROM entry").fetchone()
         serial = int(last or 0) + 1
-        writer.execute("INSERT OR REPLACE INTO entry VALUES (?, ?, ?, ?)", (kind, name, record, serial))
+        writer.execute(
+            "INSERT OR REPLACE INTO entry VALUES (?, ?, ?, ?)", (kind, name, record, serial)
+        )
         return serial
 
     def tell_seen(self) -> None:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 
 import msgspec
 
+from router.adapters.checksum import Checksum
 from router.adapters.store import (
     AdapterStore,
-    Checksum,
     StoredAdapter,
     StoredFile,
     StoreError,

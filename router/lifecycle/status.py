@@ -87,7 +87,9 @@ def _versions(
     if serving:
         states[serving] = VersionState.SERVING
     weights = {serving: 1.0 - alias.weight, alias.candidate: alias.weight}
-    for version, state in sorted(states.items(), key=lambda item: (list(VersionState).index(item[1]), item[0])):
+    for version, state in sorted(
+        states.items(), key=lambda item: (list(VersionState).index(item[1]), item[0])
+    ):
         tally = usage.versions.get(version, UNJUDGED)
         yield VersionStatus(
             version=version,

@@ -1,6 +1,7 @@
 """Names are looked up once, absent ones are remembered for a while, and nothing grows."""
 
 import asyncio
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,11 @@ class Store(LocalStore):
         self.lookups: list[str] = []
         self.down = False
 
+    def list(self) -> dict[str, StoredAdapter]:
+        if self.down:
+            raise StoreError("down")
+        return super().list()
+
     def find(self, name: str) -> StoredAdapter | None:
         self.lookups.append(name)
         if self.down:
@@ -34,10 +40,46 @@ def store(tmp_path: Path) -> Store:
 async def test_what_is_listed_is_found_without_looking(store: Store) -> None:
     catalog = AdapterCatalog(store, refresh_s=100)
     await catalog.refresh()
-    store.lookups.clear()
     assert catalog.names == ["a"]
     assert await catalog.find("a") is catalog.get("a")
-    assert store.lookups == []
+    assert store.lookups == ["a"], "once, for its version: the listing reads no files"
+    await catalog.refresh()
+    assert await catalog.find("a") is catalog.get("a")
+    assert store.lookups == ["a"], "and never again, unless it changes"
+
+
+async def test_a_refresh_says_what_has_changed_and_gone(store: Store, tmp_path: Path) -> None:
+    catalog = AdapterCatalog(store, refresh_s=100)
+    assert await catalog.refresh() == ()
+    write_adapter(tmp_path / "b")
+    changes = catalog.changes
+    assert await catalog.refresh() == ()
+    assert catalog.changes > changes, "there is a name more"
+    changes = catalog.changes
+    first = await catalog.find("a")
+    write_adapter(tmp_path / "a", seed=1)
+    assert await catalog.refresh() == ("a",)
+    assert catalog.changes == changes, "the names are the same"
+    second = await catalog.find("a")
+    assert first is not None
+    assert second is not None
+    assert second.version != first.version
+    shutil.rmtree(tmp_path / "b")
+    assert await catalog.refresh() == ("b",)
+    assert "b" not in catalog
+
+
+async def test_made_up_names_are_looked_up_only_so_often(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOOKUPS_BURST", 20.0)
+    monkeypatch.setattr(module, "LOOKUPS_PER_S", 0.0)
+    catalog = AdapterCatalog(store, refresh_s=100)
+    await catalog.refresh()
+    for number in range(100):
+        assert await catalog.find(f"ghost-{number}") is None
+    assert len(store.lookups) == 20
+    assert await catalog.find("a") is not None, "what is listed is found all the same"
 
 
 async def test_an_absent_name_is_looked_up_once(store: Store) -> None:

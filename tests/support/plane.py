@@ -21,7 +21,7 @@ import uvloop
 from router.adapters.store import is_name
 from router.config import RouterConfig
 from router.core.fleet import Fleet, Worker
-from router.core.job import AdapterRef, LoadError, Outcome
+from router.core.job import AdapterRef, AdapterUse, LoadError, Outcome
 from router.core.policies import POLICIES
 from router.core.router import Router
 from router.frontend.auth import Keys
@@ -347,11 +347,22 @@ class MadeUpModel:
         self.pool = pool
         self.router = router
         self.catalog = None
+        self.endings: list[tuple[AdapterRef | None, AdapterUse | None, bool]] = []
         self.ready = True
         self.llm = SimpleNamespace(model_loading_config=SimpleNamespace(source="made-up"))
 
-    async def find(self, name: str, *, afresh: bool = False) -> AdapterRef | None:
+    async def find(
+        self, name: str, user: str = "", *, afresh: bool = False
+    ) -> AdapterRef | None:
         return AdapterRef(MODEL, name, "sha256:1") if is_name(name) else None
+
+    async def instead_of(self, adapter: AdapterRef, why: str) -> AdapterRef | None:
+        return None
+
+    def ended(
+        self, adapter: AdapterRef | None, use: AdapterUse | None, *, failed: bool
+    ) -> None:
+        self.endings.append((adapter, use, failed))
 
 
 class Plane:
