@@ -60,7 +60,7 @@ def parse_head(body: bytes) -> Head:
 
 
 def for_model(body: bytes, model: str) -> bytes:
-    """The body, a JSON object that `parse_head` has read, with that `model`; each other value's bytes stay."""
+    """A body that `parse_head` has read, with that `model`; of each other value the bytes stay."""
     fields = _decode_fields(body)
     fields["model"] = msgspec.Raw(msgspec.json.encode(model))
     return msgspec.json.encode(fields)
