@@ -61,6 +61,9 @@ def parse_head(body: bytes) -> Head:
 
 def for_model(body: bytes, model: str) -> bytes:
     """A body that `parse_head` has read, with that `model`; of each other value the bytes stay."""
-    fields = _decode_fields(body)
+    try:
+        fields = _decode_fields(body)
+    except UnicodeDecodeError:  # a key that is no text, which is skipped over when the head is read
+        return body  # the engine refuses it in its own words
     fields["model"] = msgspec.Raw(msgspec.json.encode(model))
     return msgspec.json.encode(fields)

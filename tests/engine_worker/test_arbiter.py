@@ -120,7 +120,18 @@ def test_who_is_patient_has_what_others_use_closed() -> None:
 STEPS = st.lists(
     st.tuples(
         st.sampled_from(
-            ["enter", "leave", "begin", "end", "fail", "claim", "later", "unload", "unloaded", "stays"]
+            [
+                "enter",
+                "leave",
+                "begin",
+                "end",
+                "fail",
+                "claim",
+                "later",
+                "unload",
+                "unloaded",
+                "stays",
+            ]
         ),
         st.sampled_from(["one", "other", "third"]),
         st.sampled_from([A, B, C, D]),

@@ -76,7 +76,9 @@ class StockServer:
         self.calls.append(("load", name))
         await self.may_load.wait()
         if name in self.adapters:
-            return _error(400, f"The lora adapter '{name}' has already been loaded. If you want ...")
+            return _error(
+                400, f"The lora adapter '{name}' has already been loaded. If you want ..."
+            )
         self.adapters[name] = path
         return web.Response(text=f"Success: LoRA adapter '{name}' added successfully.")
 

@@ -168,7 +168,9 @@ async def test_what_another_router_has_loaded_from_the_same_folder_is_loaded(
 
 
 WHEN = [
-    pytest.param(lambda made: made.server.may_tell, id="a listing of before the load comes after it"),
+    pytest.param(
+        lambda made: made.server.may_tell, id="a listing of before the load comes after it"
+    ),
     pytest.param(lambda made: made.server.may_load, id="a listing within the load"),
 ]
 
