@@ -7,7 +7,7 @@ Beside the engine's own OpenAI routes a worker serves, for whoever carries its t
     GET  /worker/v1/adapters  State, once
     GET  /worker/v1/occupancy Occupancy: what it has counted of all its routers
     POST /worker/v1/load      LoadRequest -> LoadReply; idempotent, several at once
-    POST /worker/v1/unload    UnloadRequest -> LoadReply; idempotent; refused while another router uses it
+    POST /worker/v1/unload    UnloadRequest -> LoadReply; idempotent; not while another router uses it
     GET  /health              200 when the engine can serve; needs no token
 
 An error is `{"error": {"message", "type", "code"}}`: 400 where the adapter is at fault, 500 where the

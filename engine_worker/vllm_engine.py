@@ -296,8 +296,7 @@ class VllmAdapters:
     async def remove(self, adapter: AdapterId) -> None:
         """Take the adapter out of the engine; requests that run on it keep their weights."""
         async with self._changing:
-            kept = self._kept.pop(adapter, None)
-            request = self._served.request_of(adapter) or kept
+            request = self._served.request_of(adapter) or self._kept.get(adapter)
             if request is None:
                 return
             try:
@@ -307,6 +306,7 @@ class VllmAdapters:
                     500, f"vLLM did not drop {adapter.name}: {_last_line(error)}"
                 ) from error
             self._served.drop(adapter)
+            self._kept.pop(adapter, None)
 
     async def _drop(self, adapter: AdapterId) -> None:
         request = self._served.request_of(adapter)

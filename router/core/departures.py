@@ -22,7 +22,7 @@ from typing import Final
 import msgspec
 
 from router.core.fleet import Fleet, LoadRefusedError, Worker
-from router.core.job import AdapterRef, LoadError
+from router.core.job import AdapterRef
 from router.core.loads import failure_of
 from router.core.ports import Loader, Observer
 from router.core.residency import LEAVING, Slot

@@ -203,7 +203,7 @@ class Router:
             self._drain(worker)
 
     def restore(self, adapter: AdapterRef) -> None:
-        """Take `retire` back, or an `unload` of what was in use: it leaves in its turn, as any other."""
+        """Take `retire` back, or `unload` of what was in use: it leaves in its turn, as any other."""
         self._departures.restore(adapter)
 
     async def unload(self, adapter: AdapterRef) -> dict[str, Unloaded]:

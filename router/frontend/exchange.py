@@ -265,24 +265,18 @@ class Exchange:
         if client is None:
             raise WorkerFailedError("it is gone")
         adapter = job.adapter
-        version = adapter.version if adapter else ""
-        named = adapter.model_id.encode() if adapter else b""
+        named = adapter.model_id if adapter else ""
         model = client.model_for(adapter) if adapter else ""
         if adapter and not model and self._model_id != adapter.model_id:
             model = adapter.model_id  # the version that was named goes in a header
         own = client.upstreams.headers
-
-        def asked() -> tuple[bytes, bytes]:
-            body = for_model(request.body, model) if model else request.body
-            return request.for_worker(self._path, named, version, own, len(body)), body
-
         passage = Passage(
             self._client,
             self._loop,
             chunked=not request.http_1_0,
             last=self._last,
             stamps=f"x-request-id: {request.id}\r\n{self._stamps}".encode(),
-            adapter=model.encode() or named,
+            adapter=(model or named).encode(),
             answer=answer,
             on_first_byte=self._first_byte,
             on_first_token=lease.first_token,
@@ -292,7 +286,7 @@ class Exchange:
                 passage,
                 self._client,
                 client.upstreams,
-                asked,
+                lambda: self._asked(own, named, model),
                 first_byte_timeout_s=config.first_byte_timeout_s,
                 idle_timeout_s=config.idle_timeout_s,
             )
@@ -323,6 +317,13 @@ class Exchange:
         self._metrics.placed(job, lease.use)
         self._metrics.answered(name, self._loop.time() - request.arrived)
         return not closes
+
+    def _asked(self, own: bytes, named: str, model: str) -> tuple[bytes, bytes]:
+        """The head and body that a worker gets, which may know the adapter by a `model` of its own."""
+        request, adapter = self._request, self._job.adapter
+        version = adapter.version if adapter else ""
+        body = for_model(request.body, model) if model else request.body
+        return request.for_worker(self._path, named.encode(), version, own, len(body)), body
 
     def _refused(self, lease: Lease, refusal: str) -> None:
         self._metrics.refused(self._model.model_id, refusal)

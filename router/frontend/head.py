@@ -61,7 +61,10 @@ def parse_head(body: bytes) -> Head:
 
 
 def for_model(body: bytes, model: str) -> bytes:
-    """The body, a JSON object that `parse_head` has read, with that `model`; each other value's bytes stay."""
-    fields = _decode_fields(body)
+    """A body that `parse_head` has read, with that `model`; of each other value the bytes stay."""
+    try:
+        fields = _decode_fields(body)
+    except UnicodeDecodeError:  # a key that is no text, which is skipped over when the head is read
+        return body  # the engine refuses it in its own words
     fields["model"] = msgspec.Raw(msgspec.json.encode(model))
     return msgspec.json.encode(fields)

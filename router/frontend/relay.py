@@ -65,9 +65,9 @@ class Passage:
     `chunked` says whether the client can read that; if not, it gets the content alone, and its end is
     that of the connection. `last` asks for that too: no other answer follows on it.
     `stamps` are our own header lines. `adapter` is what the worker calls the adapter that it was leased
-    for, empty for the base model. `answer` is shown what passes. `on_first_byte` is called when the answer begins,
-    `on_first_token` when the first event of a stream has come: a stream's head comes before its
-    prompt is computed.
+    for, empty for the base model. `answer` is shown what passes. `on_first_byte` is called when the
+    answer begins, `on_first_token` when the first event of a stream has come: a stream's head comes
+    before its prompt is computed.
     """
 
     __slots__ = (

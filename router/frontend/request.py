@@ -105,9 +105,7 @@ class Request:
             dropped = dropped | {name.strip().lower() for name in named.split(b",")}
         lines = [b"POST %b HTTP/1.1\r\n%b" % (path, own)]
         lines += [b"%b: %b\r\n" % field for field in self.fields if field[0] not in dropped]
-        lines.append(
-            b"x-request-id: %b\r\ncontent-length: %d\r\n" % (self.id.encode(), length)
-        )
+        lines.append(b"x-request-id: %b\r\ncontent-length: %d\r\n" % (self.id.encode(), length))
         if adapter:
             lines.append(b"%b: %b\r\n" % (ADAPTER, adapter))
         if version:

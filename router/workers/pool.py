@@ -246,9 +246,7 @@ class WorkerPool:
                             f"{address} serves {', '.join(models)}, not `{self._llm.model_id}`; "
                             f"start it with --served-model-name {self._llm.model_id}"
                         )
-                    client = StockVllmClient(
-                        session, url, worker_id, upstreams, self._llm.model_id
-                    )
+                    client = StockVllmClient(session, url, worker_id, upstreams, self._llm.model_id)
                     kind = "stock vLLM server"
                 log.info("%s: attached to the %s at %s", worker_id, kind, address)
                 backoff_s = BACKOFF_MIN_S

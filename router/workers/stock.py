@@ -54,7 +54,7 @@ METRICS: Final = (
 
 
 class _Card(msgspec.Struct):
-    """One entry of `GET /v1/models`; an adapter's has its base model as `parent`, its path as `root`."""
+    """One of `GET /v1/models`; an adapter's has its base model as `parent`, its path as `root`."""
 
     id: str
     root: str | None = None
@@ -221,7 +221,9 @@ class StockVllmClient:
         if not changing and not self._changing.locked() and changes == self._changes:
             # From another folder than ours it is not what its name says.
             held = tuple(
-                adapter for adapter, root in listed.items() if self._paths.get(adapter, root) == root
+                adapter
+                for adapter, root in listed.items()
+                if self._paths.get(adapter, root) == root
             )
             self._paths = {
                 adapter: path for adapter, path in self._paths.items() if adapter in listed

@@ -169,7 +169,9 @@ def test_a_rollback_takes_it_back() -> None:
         await asyncio.sleep(60)
         assert cluster.loader.unloaded == []
         cluster.router.retire(ref("old"))
-        cluster.router.restore(ref("old"))  # on its way out: the next job loads it anew, and it stays
+        cluster.router.restore(
+            ref("old")
+        )  # on its way out: the next job loads it anew, and it stays
         await cluster.use("old")
         await asyncio.sleep(60)
         assert len(cluster.router.fleet.resident(ref("old"))) == 1
@@ -212,7 +214,9 @@ def test_what_cannot_be_unloaded_stays_and_is_tried_again_more_and_more_seldom()
 
 
 REFUSALS = [
-    pytest.param(Report(seq=1, gpu=(ref("old"),), others=1, used=(ref("old"),)), id="with its state"),
+    pytest.param(
+        Report(seq=1, gpu=(ref("old"),), others=1, used=(ref("old"),)), id="with its state"
+    ),
     pytest.param(None, id="without"),
 ]
 

@@ -119,7 +119,20 @@ def test_who_is_patient_has_what_others_use_closed() -> None:
 
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["enter", "leave", "begin", "end", "fail", "claim", "later"]),
+        st.sampled_from(
+            [
+                "enter",
+                "leave",
+                "begin",
+                "end",
+                "fail",
+                "claim",
+                "later",
+                "unload",
+                "unloaded",
+                "stays",
+            ]
+        ),
         st.sampled_from(["one", "other", "third"]),
         st.sampled_from([A, B, C, D]),
         st.sampled_from([(), (A,), (B,), (C, D)]),
@@ -137,6 +150,7 @@ def test_no_order_of_steps_breaks_a_bound(
     made = Arbiter(slots, limit, clock)
     running: list[tuple[str, AdapterId]] = []
     loading: list[tuple[AdapterId, tuple[AdapterId, ...]]] = []
+    unloading: list[AdapterId] = []
     for what, router, adapter, evict, drain in steps:
         try:
             if what == "enter":
@@ -153,15 +167,26 @@ def test_no_order_of_steps_breaks_a_bound(
                 made.end_load(come, "/folder", leaves, loaded=done)
             elif what == "claim" and made.holds(adapter):
                 made.claim(router, adapter)
+            elif what == "unload" and made.holds(adapter):
+                used_by_others = {one for other, one in running if other != router}
+                made.begin_unload(router, adapter)
+                assert adapter not in used_by_others
+                unloading.append(adapter)
+            elif what in {"unloaded", "stays"} and unloading:
+                gone = unloading.pop(0)
+                used = any(one == gone for _, one in running)  # by its own router, which knows
+                made.end_unload(gone, unloaded=what == "unloaded" and not used)
             elif what == "later":
                 clock.now += CLAIM_S / 2
         except RefusedError:
             pass
-        assert len(made.held) + len(made.coming) - len(made.leaving) <= slots
+        leaving = [one for one in made.leaving if one not in unloading]
+        assert len(made.held) + len(made.coming) - len(leaving) <= slots
+        assert not any(made.holds(one) for one in unloading)
         assert not limit or len(running) <= limit
         assert made.occupancy().ongoing == len(running)
         users = Counter(router for router, _ in running)
         for one in ("one", "other", "third"):
             assert made.others(one) == len(running) - users[one]
         for _, used in running:
-            assert used in made.held or used in made.coming or loading or used not in made.leaving
+            assert used in made.held or used in made.coming or loading or used not in leaving

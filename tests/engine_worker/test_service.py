@@ -29,6 +29,8 @@ class Engine:
         self.adding_peak = 0
         self.calls = 0
         self.fail = False
+        self.removing = 0
+        self.may_remove: asyncio.Event | None = None
 
     async def add(self, adapter: AdapterId, path: str, evict: Sequence[AdapterId]) -> Tiers | None:
         self.calls += 1
@@ -47,6 +49,12 @@ class Engine:
             return None
 
     async def remove(self, adapter: AdapterId) -> None:
+        self.removing += 1
+        if self.may_remove is not None:
+            await self.may_remove.wait()
+        self.removing -= 1
+        if self.fail:
+            raise WorkerError(500, "the engine is dead")
         self.held.pop(adapter, None)
 
     async def residency(self) -> Tiers:
@@ -254,4 +262,91 @@ async def test_who_waited_too_long_evicts_when_the_requests_that_run_are_over(
                 pass
         assert error.value.headers() == {"X-Lorayard-Refused": "adapter_gone"}
     await patient
+    assert list(bench.engine.held) == [AdapterId("base:b", "1")]
+
+
+async def unload_for(bench: Bench, router: str, name: str) -> LoadReply:
+    body = await bench.service.unload(
+        msgspec.json.encode(UnloadRequest(AdapterId(name, "1"))), router
+    )
+    return msgspec.json.decode(body, type=LoadReply)
+
+
+async def test_what_another_router_uses_is_not_unloaded(adapter: Path) -> None:
+    bench = Bench()
+    held = AdapterId("base:a", "1")
+    await load_for(bench, "r0", "base:a", adapter)
+    with pytest.raises(WorkerError) as error:  # its request is on the way
+        await unload_for(bench, "r1", "base:a")
+    assert error.value.status == 409
+    async with bench.service.admitted(headers("r0", "base:a")):
+        with pytest.raises(WorkerError) as error:
+            await unload_for(bench, "r1", "base:a")
+        answer = msgspec.json.decode(error.value.body(), type=WireError)
+        assert answer.error.code == "in_use"
+        assert answer.state is not None
+        assert (answer.state.gpu, answer.state.used) == ((held,), (held,))
+        with pytest.raises(WorkerError):  # nor by hand
+            await unload_for(bench, "", "base:a")
+        assert list(bench.engine.held) == [held]
+    reply = await unload_for(bench, "r1", "base:a")
+    assert bench.engine.held == {}
+    assert (bench.feed.state.gpu, bench.feed.state.seq) == ((), reply.seq)
+
+
+async def test_what_is_being_unloaded_takes_no_request_and_its_slot_is_not_free(
+    adapter: Path,
+) -> None:
+    bench = Bench(max_loras=1)
+    bench.engine.may_remove = asyncio.Event()
+    await load_for(bench, "r0", "base:a", adapter)
+    unloading = asyncio.create_task(unload_for(bench, "r0", "base:a"))
+    while not bench.engine.removing:
+        await asyncio.sleep(0)
+    told = msgspec.json.decode(bench.service.state("r1"), type=State)
+    assert told.gpu == ()
+    with pytest.raises(WorkerError) as error:
+        async with bench.service.admitted(headers("r1", "base:a")):
+            pass
+    assert error.value.headers() == {"X-Lorayard-Refused": "adapter_gone"}
+    with pytest.raises(WorkerError) as error:
+        await load_for(bench, "r1", "base:b", adapter)
+    assert error.value.status == 409
+    again = asyncio.create_task(load_for(bench, "r1", "base:a", adapter))
+    bench.engine.may_remove.set()
+    await unloading
+    await again
+    assert bench.engine.calls == 2, "loaded again, once it had left"
+    assert list(bench.engine.held) == [AdapterId("base:a", "1")]
+
+
+async def test_an_unload_that_fails_leaves_it_held_and_in_use(adapter: Path) -> None:
+    bench = Bench()
+    await load_for(bench, "r0", "base:a", adapter)
+    bench.engine.fail = True
+    with pytest.raises(WorkerError, match="dead"):
+        await unload_for(bench, "r0", "base:a")
+    assert bench.feed.state.gpu == (AdapterId("base:a", "1"),)
+    async with bench.service.admitted(headers("r1", "base:a")):
+        pass
+    bench.engine.fail = False
+    for _ in range(2):  # idempotent
+        await unload_for(bench, "r0", "base:a")
+    assert bench.feed.state.gpu == ()
+
+
+async def test_an_unload_waits_for_the_load_that_evicts_the_same(adapter: Path) -> None:
+    bench = Bench(max_loras=1)
+    await load_for(bench, "r0", "base:a", adapter)
+    async with bench.service.admitted(headers("r0", "base:a")):
+        loading = asyncio.create_task(
+            load_for(bench, "r0", "base:b", adapter, evict=(AdapterId("base:a", "1"),), drain_s=60)
+        )
+        while not bench.service._arbiter.leaving:
+            await asyncio.sleep(0)
+        unloading = asyncio.create_task(unload_for(bench, "r0", "base:a"))
+        await asyncio.sleep(0)
+        assert not unloading.done()
+    await loading
+    await unloading
     assert list(bench.engine.held) == [AdapterId("base:b", "1")]

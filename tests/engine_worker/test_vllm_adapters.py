@@ -6,6 +6,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from engine_worker.protocol import AdapterId
+from engine_worker.service import WorkerError
 from engine_worker.vllm_engine import ServedAdapters, VllmAdapters, asked_version
 
 
@@ -34,6 +35,8 @@ class Engine:
             self.held.append(request.lora_int_id)
 
     async def remove_lora(self, lora_id: int) -> None:
+        if self.errored:
+            raise RuntimeError("Engine core is dead")
         self.removed.append(lora_id)
         self.held.remove(lora_id)
 
@@ -116,3 +119,23 @@ async def test_a_load_again_is_the_same_adapter_and_another_path_is_not() -> Non
     await held.add(version("a"), "/a", ())
     await held.add(version("a"), "/elsewhere", ())
     assert engine.added == [1, 1, 2]
+
+
+async def test_an_unload_takes_it_from_host_memory_too() -> None:
+    held, engine, serving = adapters(max_cpu_loras=64)
+    await held.add(version("a"), "/a", ())
+    await held.add(version("b"), "/b", (version("a"),))
+    for name in ("a", "b", "nobody's"):
+        await held.remove(version(name))
+    assert engine.held == []
+    assert not serving.lora_requests
+    assert await held.residency() == ((), ())
+
+
+async def test_an_unload_that_fails_leaves_it_served() -> None:
+    held, engine, serving = adapters(max_cpu_loras=4)
+    await held.add(version("a"), "/a", ())
+    engine.errored = True
+    with pytest.raises(WorkerError, match=r"vLLM did not drop base:a: Engine core is dead"):
+        await held.remove(version("a"))
+    assert "base:a" in serving.lora_requests

@@ -1,9 +1,15 @@
+import json
+from typing import Any
+
+import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from router.core.job import LoadError, LoadFault, Outcome, Rejected
 from router.frontend.auth import Keys
 from router.frontend.errors import ApiError, load_failed, rejected
-from router.frontend.head import parse_head
+from router.frontend.head import for_model, parse_head
 
 BAD = [
     (b"", None, "The body is not valid JSON"),
@@ -88,3 +94,50 @@ def test_keys(header: str | None, accepted: bool, monkeypatch: pytest.MonkeyPatc
     assert Keys.from_environment("KEYS").accept(headers) is accepted
     assert Keys.from_environment("NOT_SET").accept(headers)
     assert Keys.from_environment("KEYS").accept({"x-api-key": "two"})
+
+
+REWRITTEN = [
+    (b'{"model": "base:a"}', b'{"model":"m@1"}'),
+    # Of other values each byte stays: blanks, escapes, digits.
+    (
+        b'{"n": 1.50e+2, "model": "base:a", "stop": [ "\\u00e9" , 1.0 ]}',
+        b'{"n":1.50e+2,"model":"m@1","stop":[ "\\u00e9" , 1.0 ]}',
+    ),
+    # Of a key that stands twice the last one counts.
+    (b'{"model": "x", "n": 1, "model": "base:a", "n": 2}', b'{"model":"m@1","n":2}'),
+    (b'{"mod\\u0065l": "base:a"}', b'{"model":"m@1"}'),
+    (b'{"\xff": 1, "model": "base:a"}', b'{"\xff": 1, "model": "base:a"}'),
+]
+
+
+@pytest.mark.parametrize(("body", "sent"), REWRITTEN)
+def test_a_body_is_rewritten_in_its_model_alone(body: bytes, sent: bytes) -> None:
+    assert parse_head(body).model == "base:a"
+    assert for_model(body, "m@1") == sent
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**60), 2**60)
+    | st.floats(allow_nan=False)
+    | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10,
+)
+
+
+@given(st.dictionaries(st.text(), VALUES), st.text(max_size=20), st.booleans())
+def test_what_is_rewritten_says_the_same(
+    fields: dict[str, Any], model: str, ascii_only: bool
+) -> None:
+    fields["model"] = "base:a"
+    body = json.dumps(fields, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
+    try:
+        parse_head(body)
+    except ApiError:
+        return
+    assert msgspec.json.decode(for_model(body, model)) == {
+        **msgspec.json.decode(body),
+        "model": model,
+    }

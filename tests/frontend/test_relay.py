@@ -16,6 +16,7 @@ from plane import (
     BODY,
     STREAM_END,
     STREAM_HEAD,
+    Asked,
     Plane,
     Reply,
     Script,
@@ -330,6 +331,31 @@ async def test_where_the_adapter_is_missing_it_is_loaded_again_elsewhere() -> No
         assert first != second
         await made.settled({"completed": 1})
         assert made.retries() == 1
+
+
+@on_uvloop
+async def test_a_worker_that_has_its_own_name_for_a_version_is_asked_by_it() -> None:
+    asked: list[Asked] = []
+
+    async def script(side: WorkerSide) -> None:
+        while True:
+            asked.append(await side.asked())
+            if len(asked) == 1:  # it has lost it
+                missing = b'{"error": {"message": "The model `base:a@sha256:1` does not exist."}}'
+                side.send(answer(missing, status=b"404 Not Found"))
+            else:
+                side.send(answer(b'{"model": "base:a@sha256:1"}'))
+
+    async with plane(script, script) as made:
+        for link in made.pool.links.values():
+            link.names = "{0}@{1}"
+        reply = await made.ask(post(b'{"n": 1.0, "model": "base:a"}'))
+        assert (reply.status, reply.body) == (200, b'{"model": "base:a@sha256:1"}')
+        assert [one.body for one in asked] == [b'{"n":1.0,"model":"base:a@sha256:1"}'] * 2
+        assert made.retries() == 1
+        assert (await made.ask(post(b'{"n": 1.0, "model": "base"}'))).status == 200
+        assert asked[-1].body == b'{"n": 1.0, "model": "base"}', "the base model's, as it came"
+        await made.settled({"completed": 2})
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_the_routers_own_headers_reach_no_worker() -> None:
     head = request.for_worker(b"/v1/x", b"m:a", "", b"host: w\r\n", 2).decode().split("\r\n")
     assert head[0] == "POST /v1/x HTTP/1.1"
     assert sorted(filter(None, head[1:])) == [
-        "content-length: 0",
+        "content-length: 2",
         "host: w",
         "x-lorayard-adapter: m:a",
         "x-other: 1",

@@ -380,7 +380,9 @@ EVENTS = st.lists(
     st.tuples(
         # Whole and half seconds meet the boundaries of round steps; others fall between them.
         st.one_of(st.sampled_from([0.0, 0.5, 1.0, 1.1, 2.0]), st.floats(0, 30, width=32)),
-        st.sampled_from(["submit", "submit", "submit", "submit", "load", "abort", "unload", "evict"]),
+        st.sampled_from(
+            ["submit", "submit", "submit", "submit", "load", "abort", "unload", "evict"]
+        ),
         st.integers(0, 2),
         st.integers(1, 300),
         st.integers(1, 120),

@@ -266,8 +266,9 @@ class _Weighing:
         prefill_s += step_s
         decode_s = output * step_s
         # No term is negative, so what the sum of the others says, harm can only say more clearly.
-        if victim and not victim.departs and wait_s + load_s + prefill_s + decode_s + others_s + stay_s < bound_s:
-            harm_s = self._harm_s(victim.adapter, running * stall_s)
+        # What departs would leave anyway.
+        if victim and wait_s + load_s + prefill_s + decode_s + others_s + stay_s < bound_s:
+            harm_s = 0.0 if victim.departs else self._harm_s(victim.adapter, running * stall_s)
         # In the order in which `Considered.total_s` adds them, to the last bit.
         self.total_s = wait_s + load_s + prefill_s + decode_s + others_s + harm_s + stay_s
         return Considered(
