@@ -204,6 +204,8 @@ class AdapterCache:
                 except InvalidAdapterError:
                     pass  # the copy may be damaged: the store has the last word
                 else:
+                    # Of who was killed right after it had moved the version here.
+                    journal_of(partial_of(place)).unlink(missing_ok=True)
                     _use(place)
                     return facts
             if not adapter.revision:

@@ -8,6 +8,7 @@ The library downloads whole files into a cache of its own; what is needed here a
 and says where a file is and what to send along; the bytes come over urllib3, which boto3 has too.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from http import HTTPStatus
@@ -62,7 +63,8 @@ class HubStore:
         # What a repository or folder is called that is one adapter itself.
         self._own_name = parts[-1]
         self._is_adapter: bool | None = None
-        self._api = HfApi()
+        # Read now, since the library reads it only when it is imported.
+        self._api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
         self._pool = urllib3.PoolManager(
             maxsize=CONNECTIONS_MAX,
             retries=False,
@@ -107,6 +109,10 @@ class HubStore:
             )
             with closing(answer):
                 left = stop - start
+                if answer.status == HTTPStatus.OK:  # whole: small files come as they are
+                    skip = start
+                    while skip and (chunk := answer.read(min(CHUNK_BYTES, skip))):
+                        skip -= len(chunk)
                 while left and (chunk := answer.read(min(CHUNK_BYTES, left))):
                     left -= len(chunk)
                     yield chunk

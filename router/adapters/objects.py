@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Final, cast
+from urllib.parse import unquote, urlsplit
 
 from router.adapters.checksum import Algorithm, Checksum
 from router.adapters.store import (
@@ -74,9 +75,16 @@ class ObjectsStore:
         if self._scheme == "http" or self._scheme in {"gs", "az"}:
             # Of a cloud's endpoints the environment can name one without TLS, an emulator's.
             options["allow_http"] = True
+        top = self.url
+        self._prefix = ""
+        if self._scheme in {"https", "http"}:
+            # WebDAV lists by the whole path, so obstore is given none to begin with.
+            parts = urlsplit(self.url)
+            top = f"{self._scheme}://{parts.netloc}"
+            self._prefix = f"{unquote(parts.path).strip('/')}/".lstrip("/")
         with self._translated(self.url):
             self._store: ObjectStore = from_url(
-                self.url,
+                top,
                 client_options=cast("Any", options),
                 retry_config={"max_retries": 0},
             )
@@ -84,7 +92,7 @@ class ObjectsStore:
     def list(self) -> dict[str, StoredAdapter]:
         """List the whole prefix, page by page."""
         files: dict[str, list[StoredFile]] = {}
-        for name, file in self._objects(None):
+        for name, file in self._objects(""):
             files.setdefault(name, []).append(file)
         found = (stored_adapter(name, files[name]) for name in sorted(files))
         return {adapter.name: adapter for adapter in found if adapter is not None}
@@ -106,7 +114,9 @@ class ObjectsStore:
             options["if_match"] = f'"{tag}"'
         with self._translated(what):
             result = obstore.get(
-                self._store, f"{adapter.name}/{file.name}", options=cast("Any", options)
+                self._store,
+                f"{self._prefix}{adapter.name}/{file.name}",
+                options=cast("Any", options),
             )
             meta = cast("dict[str, Any]", result.meta)
             if (self._tag(meta), meta["size"]) != (file.tag, file.size):
@@ -124,12 +134,13 @@ class ObjectsStore:
             return Checksum(Algorithm.MD5, file.tag)
         return None
 
-    def _objects(self, name: str | None) -> Iterator[tuple[str, StoredFile]]:
+    def _objects(self, name: str) -> Iterator[tuple[str, StoredFile]]:
         """Yield (adapter's name, file) for every object two levels under the store's prefix."""
         with self._translated(self.url):
-            for page in obstore.list(self._store, name, chunk_size=LISTED_AT_ONCE):
+            below = f"{self._prefix}{name}".rstrip("/") or None
+            for page in obstore.list(self._store, below, chunk_size=LISTED_AT_ONCE):
                 for entry in page:
-                    folder, _, file = entry["path"].partition("/")
+                    folder, _, file = entry["path"].removeprefix(self._prefix).partition("/")
                     if file and "/" not in file and is_name(folder):
                         tag = self._tag(cast("dict[str, Any]", entry))
                         yield folder, StoredFile(file, entry["size"], tag)
