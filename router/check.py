@@ -14,6 +14,7 @@ from router.adapters.validate import (
     check_listing,
 )
 from router.config import Config, LLMConfig
+from router.frontend.gate import key_file
 from router.telemetry.record_file import check_path
 
 
@@ -24,7 +25,8 @@ class CheckError(Exception):
 def check(config: Config, console: Console) -> int:
     """Print what was found; return the exit status, 1 where an adapter would be refused.
 
-    Raises `CheckError`, `RecordError` and `StoreError` for what would keep the router from starting.
+    Raises `CheckError`, `ConfigError`, `RecordError` and `StoreError` for what would keep the router
+    from starting.
     """
     refused = 0
     for llm in config.llm_configs:
@@ -45,6 +47,9 @@ def check(config: Config, console: Console) -> int:
             f"{prompts} prompts",
             highlight=False,
         )
+    if (keys := key_file(config.router)) is not None:
+        listed = len(keys.read())
+        console.print(f"{listed} API keys in {keys.path}", highlight=False)
     console.print("ok" if not refused else f"{refused} adapters would be refused", highlight=False)
     return 1 if refused else 0
 

@@ -166,17 +166,16 @@ class RouterConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """The router process itself. Every bound it keeps is here.
 
     `processes` is how many of them there are, at one port; each has an equal share of the quotas and of
-    `max_queued_requests`, and a recording of its own.
-    `first_byte_timeout_s` is how long a worker may take to begin its answer, `idle_timeout_s` how
-    long it may pause within one; `drain_timeout_s` how long running requests may take at shutdown.
-    Who has waited for an adapter's slot for `slot_patience_s` gets one that is freed for it;
-    `locality_tokens` is how far a request may overtake because its adapter is at hand (the policy's
-    own unless given). `ttft_deadline_s` is the latest time to the first token that is of use: what
-    would miss it is turned away, so that the others do not. `tenants` are named by the header
-    `x-tenant`; a name that is not listed is none. `explain_sample` is the share of decisions that are
-    logged with their reasons.
-    Requests need a key if the environment variable that `api_keys_env` names holds some, separated
-    by commas.
+    `max_queued_requests`, and a recording of its own. `first_byte_timeout_s` is how long a worker may
+    take to begin its answer, `idle_timeout_s` how long it may pause within one; `drain_timeout_s` how
+    long running requests may take at shutdown. Who has waited for an adapter's slot for
+    `slot_patience_s` gets one that is freed for it; `locality_tokens` is how far a request may overtake
+    because its adapter is at hand (the policy's own unless given). `ttft_deadline_s` is the latest time
+    to the first token that is of use: what would miss it is turned away, so that the others do not.
+    `tenants` are named by the header `x-tenant`; a name that is not listed is none. `explain_sample` is
+    the share of decisions that are logged with their reasons. Requests need a key if `api_keys_file`
+    names a file of keys (see keys.py), which is read again when it changes, or the environment variable
+    that `api_keys_env` names holds some, separated by commas; those may do everything.
     """
 
     host: str = "127.0.0.1"
@@ -200,6 +199,7 @@ class RouterConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     cache_dir: str | None = None
     log_dir: str | None = None
     api_keys_env: str = "LORAYARD_API_KEYS"
+    api_keys_file: Annotated[str, msgspec.Meta(min_length=1)] | None = None
     seed: int | None = None
     record: RecordConfig | None = None
 
@@ -392,7 +392,7 @@ def _resolved(config: Config, folder: Path) -> Config:
             )
         )
     router = config.router
-    for name in ("cache_dir", "log_dir"):
+    for name in ("cache_dir", "log_dir", "api_keys_file"):
         if value := getattr(router, name):
             router = msgspec.structs.replace(router, **{name: str(_absolute(value, folder))})
     if record := router.record:

@@ -25,12 +25,16 @@ LIST_TIMEOUT_S: Final = 60.0
 
 
 class AdapterCatalog:
-    """The adapters of one store. `refresh_s` is how often the whole listing is read again."""
+    """The adapters of one store. `refresh_s` is how often the whole listing is read again.
+
+    `changes` is how often the names that are listed have changed.
+    """
 
     def __init__(self, store: AdapterStore, *, refresh_s: float) -> None:
         self._store = store
         self._refresh_s = refresh_s
         self._listed: dict[str, StoredAdapter] = {}
+        self.changes = 0
         self._absent: OrderedDict[str, float] = OrderedDict()
         self._lookups: dict[str, asyncio.Task[StoredAdapter | None]] = {}
         self._threads = CapacityLimiter(LOOKUPS_MAX)
@@ -48,11 +52,14 @@ class AdapterCatalog:
         """Read the whole listing. Raises `StoreError`, and then keeps the listing that it has."""
         try:
             async with asyncio.timeout(LIST_TIMEOUT_S):
-                self._listed = await to_thread.run_sync(
+                listed = await to_thread.run_sync(
                     self._store.list, abandon_on_cancel=True, limiter=self._threads
                 )
         except TimeoutError:
             raise StoreError(f"{self._store.url}: no listing after {LIST_TIMEOUT_S:g} s") from None
+        if listed.keys() != self._listed.keys():
+            self.changes += 1
+        self._listed = listed
 
     async def keep_fresh(self, refreshed: Callable[[], None]) -> None:
         """Refresh for ever, and say so; a store that cannot be read is logged and asked again."""
@@ -92,6 +99,8 @@ class AdapterCatalog:
                 )
         except TimeoutError:
             raise StoreError(f"{self._store.url}: no answer after {LOOKUP_TIMEOUT_S:g} s") from None
+        if (adapter is not None) != (name in self._listed):
+            self.changes += 1
         if adapter is not None:
             self._listed[name] = adapter
             self._absent.pop(name, None)

@@ -40,8 +40,8 @@ class Job(msgspec.Struct, eq=False, gc=False):
     `deadline` is the loop time by which its first token must be out. With `refuse_cold` it is turned
     away where its adapter is not resident. `prefix` are the marks of its prompt (see prefixes.py), and
     `avoid` names workers that already failed this request. `accounts` are those whose quotas it is
-    charged to beside its tenant's, by names that no tenant has. `counted` is the router's own: it has let
-    the job in before, so a retry, of whatever cause, is no second request of a quota. So are
+    charged to beside its tenant's, by names that no tenant has. `counted` is the router's own: it has
+    let the job in before, so a retry, of whatever cause, is no second request of a quota. So are
     `contends_since`, the loop time at which it was first refused because of another router, after which
     it goes before those who wait, and `contentions`, how often it was.
     """

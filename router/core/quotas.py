@@ -1,9 +1,9 @@
 """What may be used each minute: requests and tokens, reserved on arrival, settled at the end.
 
-A job is charged to several accounts at once, its tenant's and its key's: to all of them, or where one is
-used up to none. Token buckets hold a minute's worth: an unused minute may be spent at once, no more. A
-job reserves what it may use (its prompt and the answer that is expected); what it did not use is given
-back at its end, and what it used beyond is owed. O(accounts) for each job.
+A job is charged to several accounts at once, its tenant's and its key's: to all of them, or where one
+is used up to none. Token buckets hold a minute's worth: an unused minute may be spent at once, no more.
+A job reserves what it may use (its prompt and the answer that is expected); what it did not use is
+given back at its end, and what it used beyond is owed. O(accounts) for each job.
 
 Limits may change while jobs run. What was used of the old ones counts against the new, so that a limit
 cannot be had twice by changing it, and a job settles with the buckets that it reserved of.

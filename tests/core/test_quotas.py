@@ -144,12 +144,12 @@ def test_a_job_is_charged_to_its_tenant_and_to_its_other_accounts() -> None:
         async with cluster.router.lease(cluster.job(accounts=("key:a",), **job)) as lease:
             lease.answered(100)
         await cluster.use(None, accounts=("key:a",), **job)
-        with pytest.raises(Rejected, match="^account `key:a` is over its quota; ") as caught:
+        with pytest.raises(Rejected, match=r"^account `key:a` is over its quota; ") as caught:
             await cluster.use(None, accounts=("key:a",), **job)
         assert caught.value.outcome is Outcome.OVER_QUOTA
         assert caught.value.retry_after_s == pytest.approx(30)
         await cluster.use(None, tenant="team", prompt_tokens=100, max_output_tokens=100)
-        with pytest.raises(Rejected, match="^tenant `team` is over its quota; "):
+        with pytest.raises(Rejected, match=r"^tenant `team` is over its quota; "):
             await cluster.use(None, **job)
         cluster.quotas.change({"key:a": Quota(requests_per_minute=1)}, loop.time())
         await cluster.use(None, **job)
