@@ -80,6 +80,11 @@ def test_what_is_left_out_is_everything() -> None:
     assert (key.requests_per_minute, key.tokens_per_minute, key.priority) == (3, None, None)
 
 
+def test_the_shipped_file_of_keys_can_be_used() -> None:
+    path = Path(__file__).parents[1] / "configs" / "keys.yaml"
+    assert [key.name for key in KeyFile(path, ()).read()] == ["team-a", "gateway"]
+
+
 def test_a_new_key_is_shown_once_with_the_entry_that_it_fits(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
