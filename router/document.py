@@ -35,16 +35,36 @@ def read_text(path: Path, such_as: str) -> str:
 class Document:
     """A text in YAML, and the line of each of its keys and items, by msgspec's paths.
 
-    `top` is the list that it must hold. Raises `ConfigError` where it is not YAML.
+    `top` is the list that it must hold, and `nodes_max` how many values it may. `loader` is one of
+    PyYAML's. Raises `ConfigError` where it is not YAML.
     """
 
-    def __init__(self, text: str, name: str, *, top: str, nodes_max: int = NODES_MAX) -> None:
+    def __init__(
+        self,
+        text: str,
+        name: str,
+        *,
+        top: str,
+        nodes_max: int = NODES_MAX,
+        loader: "type[yaml.SafeLoader | yaml.CSafeLoader]" = yaml.SafeLoader,
+    ) -> None:
         self.name = name
         self._nodes_max = nodes_max
         self._lines: dict[str, int] = {}
-        root, self._data = _read_yaml(text, name, top)
         try:
+            made = loader(text)
+            root = made.get_single_node()
+            if root is None:
+                raise ConfigError(f"{name}:1: the file is empty; it needs a list `{top}`")
+            # Before the values are made of the nodes, which changes these: keys are merged (`<<`).
             self._walk(root, "$")
+            self._data: Any = made.construct_document(root)
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else 1
+            raise ConfigError(f"{name}:{line}: not valid YAML: {error.problem}") from None
+        except (yaml.YAMLError, ValueError, AttributeError, OverflowError) as error:
+            what = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConfigError(f"{name}:1: not valid YAML: {what}") from None
         except RecursionError:
             raise _too_deep(name) from None
 
@@ -122,25 +142,6 @@ class Document:
         close = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
         hint = f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(allowed)}"
         return self.error(f"unknown key `{word}`; {hint}", f"{path}.{word}")
-
-
-def _read_yaml(text: str, name: str, top: str) -> tuple[yaml.Node, Any]:
-    """The document's nodes, which know their lines, and its values."""
-    try:
-        # Twice, because merging keys (`<<`) changes the nodes as the values are made of them.
-        root = yaml.compose(text, yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{name}:{line}: not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError, AttributeError, OverflowError) as error:
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{name}:1: not valid YAML: {what}") from None
-    except RecursionError:
-        raise _too_deep(name) from None
-    if root is None:
-        raise ConfigError(f"{name}:1: the file is empty; it needs a list `{top}`")
-    return root, data
 
 
 def _too_deep(name: str) -> ConfigError:

@@ -9,7 +9,8 @@ import pytest
 from router.__main__ import main
 from router.config import ConfigError
 from router.frontend.access import Patterns, Scope
-from router.keys import GLOBS_MAX, KeyConfig, KeyFile, parse_keys
+from router.key_file import KeyFile
+from router.keys import GLOBS_MAX, KeyConfig, parse_keys
 
 ONE, TWO = (hashlib.sha256(key).hexdigest() for key in (b"one", b"two"))
 HEAD = f"keys:\n  - name: a\n    sha256: {ONE}\n"
@@ -138,6 +139,13 @@ def test_a_scope_is_of_models_and_adapters_whatever_their_version() -> None:
     assert scope != Scope(("m-*",), ("a",))
 
 
+async def names(file: KeyFile) -> list[str]:
+    """Of the keys of a file that has changed."""
+    keys = await file.read_if_changed()
+    assert keys is not None
+    return [key.name for key in keys]
+
+
 def replace(path: Path, text: str) -> None:
     """Put another file in its place, as careful editors do."""
     new = path.with_suffix(".new")
@@ -145,38 +153,38 @@ def replace(path: Path, text: str) -> None:
     new.replace(path)
 
 
-def test_a_file_is_read_again_when_it_has_changed(tmp_path: Path) -> None:
+async def test_a_file_is_read_again_when_it_has_changed(tmp_path: Path) -> None:
     path = tmp_path / "keys.yaml"
     path.write_text(HEAD)
     file = KeyFile(path, ())
     assert [key.name for key in file.read()] == ["a"]
-    assert file.read_if_changed() is None
+    assert await file.read_if_changed() is None
     replace(path, HEAD.replace("name: a", "name: b"))
-    assert [key.name for key in file.read_if_changed() or ()] == ["b"]
-    assert file.read_if_changed() is None
+    assert await names(file) == ["b"]
+    assert await file.read_if_changed() is None
     with path.open("a") as appended:
         appended.write(f"  - name: c\n    sha256: {TWO}\n")
-    assert [key.name for key in file.read_if_changed() or ()] == ["b", "c"]
+    assert await names(file) == ["b", "c"]
 
 
-def test_a_broken_file_is_told_once_for_each_change(tmp_path: Path) -> None:
+async def test_a_broken_file_is_told_once_for_each_change(tmp_path: Path) -> None:
     path = tmp_path / "keys.yaml"
     file = KeyFile(path, ())
     with pytest.raises(ConfigError, match="No such file or directory; name a YAML file such as"):
         file.read()
-    assert file.read_if_changed() is None
+    assert await file.read_if_changed() is None
     for text in ("keys: 1", "keys: [2]"):
         replace(path, text)
         with pytest.raises(ConfigError, match=r"keys\.yaml:1: "):
-            file.read_if_changed()
-        assert file.read_if_changed() is None
+            await file.read_if_changed()
+        assert await file.read_if_changed() is None
     path.unlink()
     with pytest.raises(ConfigError, match="No such file"):
-        file.read_if_changed()
-    assert file.read_if_changed() is None
+        await file.read_if_changed()
+    assert await file.read_if_changed() is None
 
 
-def test_a_file_behind_a_link_that_is_moved_is_another(tmp_path: Path) -> None:
+async def test_a_file_behind_a_link_that_is_moved_is_another(tmp_path: Path) -> None:
     """As Kubernetes mounts a secret."""
     for number, name in enumerate("ab"):
         folder = tmp_path / f"data-{number}"
@@ -189,7 +197,7 @@ def test_a_file_behind_a_link_that_is_moved_is_another(tmp_path: Path) -> None:
     assert [key.name for key in file.read()] == ["a"]
     link.with_name("next").symlink_to("data-1")
     link.with_name("next").replace(link)
-    assert [key.name for key in file.read_if_changed() or ()] == ["b"]
+    assert await names(file) == ["b"]
 
 
 def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:

@@ -22,18 +22,14 @@ class Patterns:
         simple = [one for one in patterns if is_name_or_prefix(one)]
         self._names = frozenset(one for one in simple if GLOB.isdisjoint(one))
         self._beginnings = tuple(one[:-1] for one in simple if one.endswith("*"))
-        self._globs = tuple(one for one in patterns if not is_name_or_prefix(one))
-
-    @cached_property
-    def _expression(self) -> "re.Pattern[str]":
-        # Made when it is first needed: a file of ten thousand keys is read while requests run.
-        return re.compile("|".join(map(translate, self._globs)))
+        globs = [translate(one) for one in patterns if not is_name_or_prefix(one)]
+        self._globs = re.compile("|".join(globs)) if globs else None
 
     def match(self, name: str) -> bool:
         """Whether one of them matches the whole name."""
         if name in self._names or name.startswith(self._beginnings):
             return True
-        return bool(self._globs) and self._expression.match(name) is not None
+        return self._globs is not None and self._globs.match(name) is not None
 
 
 class Scope:
@@ -42,8 +38,15 @@ class Scope:
     def __init__(self, models: Sequence[str] = ALL, adapters: Sequence[str] = ALL) -> None:
         self._key = (tuple(models), tuple(adapters))
         self._hash = hash(self._key)
-        self._models = Patterns(models)
-        self._adapters = Patterns(adapters)
+
+    # Made when they are first needed: ten thousand keys come at once, while requests run.
+    @cached_property
+    def _models(self) -> Patterns:
+        return Patterns(self._key[0])
+
+    @cached_property
+    def _adapters(self) -> Patterns:
+        return Patterns(self._key[1])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Scope) and self._key == other._key

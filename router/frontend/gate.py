@@ -11,14 +11,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-from anyio import CapacityLimiter, to_thread
-
 from router.config import RouterConfig, TenantConfig
 from router.core.quotas import Quota, Quotas
 from router.document import ConfigError
 from router.frontend.access import Access, Scope
 from router.frontend.auth import Keys
-from router.keys import KeyConfig, KeyFile
+from router.key_file import KeyFile
+from router.keys import KeyConfig
 
 log = logging.getLogger("lorayard.frontend")
 
@@ -57,13 +56,10 @@ class Gate:
             await asyncio.gather(self._following, return_exceptions=True)
 
     async def _follow(self, file: KeyFile) -> None:
-        thread = CapacityLimiter(1)  # its own: a file system that hangs takes no thread of others
         while True:
             await asyncio.sleep(POLL_S)
             try:
-                listed = await to_thread.run_sync(
-                    file.read_if_changed, abandon_on_cancel=True, limiter=thread
-                )
+                listed = await file.read_if_changed()
             except ConfigError as error:
                 log.error("the API keys are kept as they were: %s", error)  # noqa: TRY400
             except Exception:  # this must not end while the router runs
