@@ -1,4 +1,4 @@
-"""`python -m router serve CONFIG.yaml` and `python -m router check CONFIG.yaml`."""
+"""`python -m router serve CONFIG.yaml`, `check CONFIG.yaml` and `key NAME`."""
 
 import argparse
 import logging
@@ -13,6 +13,7 @@ from router.adapters.store import StoreError
 from router.adapters.validate import InvalidAdapterError
 from router.check import CheckError, check
 from router.config import Config, ConfigError, RecordConfig, load
+from router.keys import described, is_key_name, new_key
 from router.part import run
 from router.serve import serve
 from router.supervisor import PartStartError, supervise
@@ -63,6 +64,14 @@ def parser() -> argparse.ArgumentParser:
         description="Check a configuration: the file, the model folder, the store, each adapter.",
     )
     checker.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file; see configs/")
+    maker = commands.add_parser(
+        "key",
+        help="make an API key, and its entry for router.api_keys_file",
+        description="Print a new API key, this once, and the entry by which the router will know it.",
+        epilog="example: python -m router key team-a-ci --tenant team-a",
+    )
+    maker.add_argument("name", type=_key_name, metavar="NAME", help="what the router is to call it")
+    maker.add_argument("--tenant", help="one of router.tenants, whom its holder is then taken for")
     return top
 
 
@@ -71,6 +80,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
 
     def work() -> int | None:
+        if arguments.command == "key":
+            print(described(arguments.name, new_key(), arguments.tenant))  # noqa: T201
+            return 0
         config = load(arguments.config)
         if arguments.command == "check":
             return check(config, Console(soft_wrap=True))
@@ -130,6 +142,14 @@ def set_up_logging(level: str, process: str = "") -> None:
     logging.getLogger("botocore").setLevel(logging.WARNING)
     # It logs a traceback for what a client sends; what is the router's fault the front end logs.
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
+
+
+def _key_name(text: str) -> str:
+    if is_key_name(text):
+        return text
+    raise argparse.ArgumentTypeError(
+        f"`{text}` cannot be a key's name; use letters, digits, and . _ -, at most 64"
+    )
 
 
 def _count(text: str) -> int:

@@ -16,6 +16,7 @@ from router.adapters.validate import (
     check_listing,
 )
 from router.config import Config, LLMConfig, LoraConfig
+from router.frontend.gate import key_file
 from router.telemetry.record_file import check_path
 
 
@@ -26,7 +27,8 @@ class CheckError(Exception):
 def check(config: Config, console: Console) -> int:
     """Print what was found; return the exit status, 1 where an adapter would be refused.
 
-    Raises `CheckError`, `RecordError` and `StoreError` for what would keep the router from starting.
+    Raises `CheckError`, `ConfigError`, `RecordError` and `StoreError` for what would keep the router
+    from starting.
     """
     refused = 0
     downloads = Downloads(config.router.download_connections, config.router.download_mib_per_s)
@@ -48,6 +50,9 @@ def check(config: Config, console: Console) -> int:
             f"{prompts} prompts",
             highlight=False,
         )
+    if (keys := key_file(config.router)) is not None:
+        listed = len(keys.read())
+        console.print(f"{listed} API keys in {keys.path}", highlight=False)
     console.print("ok" if not refused else f"{refused} adapters would be refused", highlight=False)
     return 1 if refused else 0
 

@@ -10,17 +10,31 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
-import yaml
 
 from router.adapters.address import problem_with
 from router.core.policies import POLICIES
 from router.core.quotas import Quota
 from router.core.residency import Eviction
+from router.document import ConfigError, Document, read_text
+
+__all__ = [
+    "AutoscalingConfig",
+    "Config",
+    "ConfigError",
+    "DeploymentConfig",
+    "LLMConfig",
+    "LoraConfig",
+    "ModelLoadingConfig",
+    "RecordConfig",
+    "RouterConfig",
+    "TenantConfig",
+    "load",
+    "parse",
+]
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Natural = Annotated[int, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
-NODES_MAX: Final = 100_000
 CONNECTIONS: Final = 16
 # What the stores' clients can hold open.
 CONNECTIONS_MAX: Final = 64
@@ -165,20 +179,19 @@ class RouterConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """The router process itself. Every bound it keeps is here.
 
     `processes` is how many of them there are, at one port; each has an equal share of the quotas and of
-    `max_queued_requests`, and a recording of its own.
-    `first_byte_timeout_s` is how long a worker may take to begin its answer, `idle_timeout_s` how
-    long it may pause within one; `drain_timeout_s` how long running requests may take at shutdown.
-    Who has waited for an adapter's slot for `slot_patience_s` gets one that is freed for it;
-    `locality_tokens` is how far a request may overtake because its adapter is at hand (the policy's
-    own unless given). `ttft_deadline_s` is the latest time to the first token that is of use: what
-    would miss it is turned away, so that the others do not. `tenants` are named by the header
-    `x-tenant`; a name that is not listed is none. `explain_sample` is the share of decisions that are
-    logged with their reasons.
-    `download_connections` is how many parts of adapters are downloaded at once, and
-    `download_mib_per_s` how fast all of them together (None: no limit). `cache_max_gib` is what
-    adapters may take on disk, all base models together (None: no bound); the least recently used go.
-    Requests need a key if the environment variable that `api_keys_env` names holds some, separated
-    by commas.
+    `max_queued_requests`, and a recording of its own. `first_byte_timeout_s` is how long a worker may
+    take to begin its answer, `idle_timeout_s` how long it may pause within one; `drain_timeout_s` how
+    long running requests may take at shutdown. Who has waited for an adapter's slot for
+    `slot_patience_s` gets one that is freed for it; `locality_tokens` is how far a request may overtake
+    because its adapter is at hand (the policy's own unless given). `ttft_deadline_s` is the latest time
+    to the first token that is of use: what would miss it is turned away, so that the others do not.
+    `tenants` are named by the header `x-tenant`; a name that is not listed is none. `explain_sample` is
+    the share of decisions that are logged with their reasons. `download_connections` is how many parts of
+    adapters are downloaded at once, and `download_mib_per_s` how fast all of them together (None: no
+    limit). `cache_max_gib` is what adapters may take on disk, all base models together (None: no
+    bound); the least recently used go. Requests need a key if `api_keys_file` names a file of keys (see
+    keys.py), which is read again when it changes, or the environment variable that `api_keys_env` names
+    holds some, separated by commas; those may do everything.
     """
 
     host: str = "127.0.0.1"
@@ -205,6 +218,7 @@ class RouterConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     cache_max_gib: Annotated[float, msgspec.Meta(gt=0)] | None = None
     log_dir: str | None = None
     api_keys_env: str = "LORAYARD_API_KEYS"
+    api_keys_file: Annotated[str, msgspec.Meta(min_length=1)] | None = None
     seed: int | None = None
     record: RecordConfig | None = None
 
@@ -229,10 +243,6 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     router: RouterConfig = RouterConfig()
 
 
-class ConfigError(Exception):
-    """The file cannot be used. The message says where, why, and what to write instead."""
-
-
 _STRUCTS: Final[dict[str, type[msgspec.Struct]]] = {
     "$": Config,
     "$.router": RouterConfig,
@@ -253,130 +263,23 @@ _CHOICES: Final[dict[str, tuple[str, ...]]] = {
 }
 
 
-class _Lines:
-    """The line of every key and item of a YAML document, by msgspec's paths."""
-
-    def __init__(self, name: str, root: yaml.Node) -> None:
-        self.name = name
-        self._lines: dict[str, int] = {}
-        self._walk(root, "$")
-
-    def _walk(self, node: yaml.Node, path: str) -> None:
-        self._lines.setdefault(path, node.start_mark.line + 1)
-        if len(self._lines) > NODES_MAX:
-            raise self.error(f"more than {NODES_MAX:,} values; this is no router's configuration")
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                line = key.start_mark.line + 1
-                if key.tag == "tag:yaml.org,2002:merge":
-                    continue
-                if key.tag != "tag:yaml.org,2002:str":
-                    raise self.error(f"the key `{key.value}` is not text; quote it", line=line)
-                below = f"{path}.{key.value}"
-                if below in self._lines:
-                    raise self.error(
-                        f"`{key.value}` stands here twice (first on line {self._lines[below]}); "
-                        "remove one",
-                        line=line,
-                    )
-                self._lines[below] = line
-                self._walk(value, below)
-        elif isinstance(node, yaml.SequenceNode):
-            for index, value in enumerate(node.value):
-                self._walk(value, f"{path}[{index}]")
-
-    def error(self, message: str, path: str = "$", line: int | None = None) -> ConfigError:
-        """An error at a path, or at the nearest line above it that is known."""
-        while line is None and path not in self._lines:
-            shorter = re.sub(r"(\.[^.\[]*|\[[^\]]*\])$", "", path)
-            path = shorter if shorter != path else "$"
-        return ConfigError(f"{self.name}:{line or self._lines[path]}: {message}")
-
-
 def load(path: Path) -> Config:
     """Read and check a configuration file. Raises `ConfigError`."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise ConfigError(
-            f"{path}: {reason}; name a YAML file such as configs/quickstart.yaml"
-        ) from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not UTF-8 text; a configuration is a YAML file") from None
+    text = read_text(path, "configs/quickstart.yaml")
     return parse(text, name=str(path), folder=path.resolve().parent)
 
 
 def parse(text: str, *, name: str, folder: Path) -> Config:
     """Check a configuration text; relative folders in it are taken from `folder`."""
-    root, data = _read_yaml(text, name)
-    try:
-        lines = _Lines(name, root)
-        config = msgspec.convert(data, Config)
-    except msgspec.ValidationError as error:
-        raise _explain(str(error), lines) from None
-    except RecursionError:
-        raise ConfigError(f"{name}:1: nested too deeply; this is no configuration") from None
+    lines = Document(text, name, top="llm_configs")
+    config = lines.convert(Config, _STRUCTS, _CHOICES)
     for index, llm in enumerate(config.llm_configs):
         _check(llm, f"$.llm_configs[{index}]", lines)
     _check_router(config, lines)
     return _resolve(config, folder, lines)
 
 
-def _read_yaml(text: str, name: str) -> tuple[yaml.Node, Any]:
-    """The document's nodes, which know their lines, and its values."""
-    try:
-        # Twice, because merging keys (`<<`) changes the nodes as the values are made of them.
-        root = yaml.compose(text, yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{name}:{line}: not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError, AttributeError, OverflowError) as error:
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{name}:1: not valid YAML: {what}") from None
-    except RecursionError:
-        raise ConfigError(f"{name}:1: nested too deeply; this is no configuration") from None
-    if root is None:
-        raise ConfigError(f"{name}:1: the file is empty; it needs a list `llm_configs`")
-    return root, data
-
-
-def _explain(message: str, lines: _Lines) -> ConfigError:
-    """Turn msgspec's message into one with a line and a suggestion."""
-    what, _, where = message.partition(" - at ")
-    path = where.strip("`") or "$"
-    unknown = re.match(r"Object contains unknown field `(.*)`", what)
-    if unknown is None:
-        what = re.sub(r"^Object missing required field `(.*)`$", r"`\1` is missing", what)
-        what = re.sub(r"^Expected `(.*?)`(.*), got `.*`$", _write_instead, what)
-        key = path.rpartition(".")[2]
-        if key_enum := re.match(r"^Invalid enum value '?(.*?)'?$", what):
-            what = f"`{key_enum[1]}` is not one of {', '.join(_CHOICES[key])}"
-        return lines.error(f"{key}: {what}" if path != "$" else what, path)
-    word = unknown[1]
-    struct = _STRUCTS.get(re.sub(r"\[[^\]]*\]", "[]", path))
-    allowed = struct.__struct_fields__ if struct else ()
-    close = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
-    hint = f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(allowed)}"
-    return lines.error(f"unknown key `{word}`; {hint}", f"{path}.{word}")
-
-
-def _write_instead(found: "re.Match[str]") -> str:
-    """Say msgspec's expectation as what to write."""
-    kinds = {
-        "object": "a mapping (`key: value` lines)",
-        "array": "a list",
-        "int": "a whole number",
-        "float": "a number",
-        "str": "text",
-        "bool": "true or false",
-    }
-    wanted = " or ".join(kinds.get(kind, "nothing") for kind in found[1].split(" | "))
-    return f"{found[0]}; write {wanted}"
-
-
-def _check(llm: LLMConfig, path: str, lines: _Lines) -> None:
+def _check(llm: LLMConfig, path: str, lines: Document) -> None:
     scaling = llm.deployment_config.autoscaling_config
     if scaling.min_replicas > scaling.max_replicas:
         raise lines.error(
@@ -411,7 +314,7 @@ def _shown(value: object) -> str:
     return msgspec.json.encode(value, enc_hook=str).decode()
 
 
-def _check_engine(llm: LLMConfig, path: str, lines: _Lines) -> None:
+def _check_engine(llm: LLMConfig, path: str, lines: Document) -> None:
     kwargs, slots = llm.engine_kwargs, llm.slots
     for name in ENGINE_INTEGERS:
         if type(value := kwargs.get(name, 1)) is not int or value < 1:
@@ -451,7 +354,7 @@ def _check_engine(llm: LLMConfig, path: str, lines: _Lines) -> None:
         raise lines.error(problem, where)
 
 
-def _check_router(config: Config, lines: _Lines) -> None:
+def _check_router(config: Config, lines: Document) -> None:
     seen: dict[str, int] = {}
     for index, llm in enumerate(config.llm_configs):
         if llm.model_id in seen:
@@ -476,7 +379,7 @@ def _check_router(config: Config, lines: _Lines) -> None:
         raise lines.error(f"no policy `{config.router.policy}`; {hint}", "$.router.policy")
 
 
-def _resolve(config: Config, folder: Path, lines: _Lines) -> Config:
+def _resolve(config: Config, folder: Path, lines: Document) -> Config:
     """Take relative folders from where the file is, so that it works from any directory."""
     try:
         return _resolved(config, folder)
@@ -503,7 +406,7 @@ def _resolved(config: Config, folder: Path) -> Config:
             )
         )
     router = config.router
-    for name in ("cache_dir", "log_dir"):
+    for name in ("cache_dir", "log_dir", "api_keys_file"):
         if value := getattr(router, name):
             router = msgspec.structs.replace(router, **{name: str(_absolute(value, folder))})
     if record := router.record:

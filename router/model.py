@@ -19,6 +19,7 @@ from router.config import ConfigError, LLMConfig, LoraConfig, RouterConfig
 from router.core.fleet import Fleet
 from router.core.job import AdapterRef, AdapterUse
 from router.core.policies import POLICIES
+from router.core.quotas import Quotas
 from router.core.router import Router
 from router.core.timing import EngineTimes
 from router.lifecycle.adapters import Adapters
@@ -48,7 +49,10 @@ def _expected_times(llm: LLMConfig) -> EngineTimes:
 
 
 class ModelService:
-    """A base model and everything that serves it. To be made inside a running loop."""
+    """A base model and everything that serves it. To be made inside a running loop.
+
+    `quotas` are those of the whole process: a limit is one over all models.
+    """
 
     def __init__(
         self,
@@ -56,6 +60,7 @@ class ModelService:
         config: RouterConfig,
         metrics: Metrics,
         downloads: Downloads,
+        quotas: Quotas,
         machine: Machine = NOTHING,
         first_place: int = 0,
     ) -> None:
@@ -87,7 +92,7 @@ class ModelService:
             slot_patience_s=config.slot_patience_s,
             locality_tokens=config.locality_tokens,
             weights=config.weights,
-            quotas=config.quotas,
+            quotas=quotas,
         )
         watch = metrics.watch(llm.model_id, self.router, config.explain_sample)
         self.router.set_observer(watch)

@@ -15,7 +15,8 @@ import prometheus_client
 
 from router.adapters.transfer import Downloads
 from router.config import Config
-from router.frontend.auth import Keys
+from router.core.quotas import Quotas
+from router.frontend.gate import Gate
 from router.frontend.models import Models
 from router.frontend.service import Frontend
 from router.model import ModelService
@@ -33,7 +34,8 @@ async def serve(config: Config, part: Part | None = None) -> None:
     """Serve until SIGTERM or SIGINT, alone or as `part` of several processes.
 
     Raises `OSError` where the port cannot be had, `RecordError` where the recording's file cannot,
-    `StoreError` where a store cannot be read, and `WorkerStartError` where a worker does not come up.
+    `ConfigError` where the file of keys cannot be used, `StoreError` where a store cannot be read, and
+    `WorkerStartError` where a worker does not come up.
     """
     stop, hurry = listen_for_signals()
     settings = config.router
@@ -41,13 +43,14 @@ async def serve(config: Config, part: Part | None = None) -> None:
     prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
     metrics = Metrics()
     models: list[ModelService] = []
-    keys = Keys.from_environment(settings.api_keys_env)
+    gate = Gate(settings, share=1.0 if part is None else 1.0 / part.count)
     recorder: Recorder | None = None
     try:
+        await gate.open()
         if settings.record is not None:
             recorder = Recorder.open(settings.record, metrics)
-        models += _services(config, metrics)
-        frontend = Frontend(Models(models), settings, metrics, keys, recorder)
+        models += _services(config, metrics, gate.quotas)
+        frontend = Frontend(Models(models), settings, metrics, gate.keys, recorder)
         try:
             if part is not None:
                 await part.share(metrics)
@@ -59,7 +62,7 @@ async def serve(config: Config, part: Part | None = None) -> None:
             await until_started(*(model.started() for model in models), stop=stop)
             _collect_seldom()
             if not stop.is_set():
-                text = announcement(address, models, with_key=bool(keys))
+                text = announcement(address, models, with_key=not gate.keys.anyone)
                 (part or Alone).ready(text)
             await stop.wait()
             log.info("stopping: %d requests are running", frontend.in_flight)
@@ -73,6 +76,7 @@ async def serve(config: Config, part: Part | None = None) -> None:
             await asyncio.gather(*(model.stop(hurry) for model in models))
         finally:
             listener.close()
+            await gate.aclose()
             if recorder is not None:
                 await recorder.aclose()
         log.info("stopped")
@@ -89,14 +93,14 @@ def _collect_seldom() -> None:
     gc.set_threshold(GC_THRESHOLD, *gc.get_threshold()[1:])
 
 
-def _services(config: Config, metrics: Metrics) -> Iterator[ModelService]:
+def _services(config: Config, metrics: Metrics, quotas: Quotas) -> Iterator[ModelService]:
     """Each model's, with its share of what this machine has."""
     machine = this_machine(config.llm_configs)
     settings = config.router
     downloads = Downloads(settings.download_connections, settings.download_mib_per_s)
     place = 0
     for llm in config.llm_configs:
-        yield ModelService(llm, settings, metrics, downloads, machine, place)
+        yield ModelService(llm, settings, metrics, downloads, quotas, machine, place)
         if llm.engine == "vllm":
             place += llm.replicas * gpus_per_worker(llm)
 

@@ -28,6 +28,7 @@ import msgspec
 from engine_worker.protocol import TOKEN_ENV
 from router.adapters.cache import default_cache_dir
 from router.config import Config, LLMConfig, RouterConfig, TenantConfig
+from router.frontend.gate import key_file
 from router.part import Part, bound
 from router.stopping import listen_for_signals, until_started
 from router.workers.client import WorkerUnreachableError, is_healthy, open_session
@@ -59,7 +60,8 @@ def part_of(config: Config, number: int, seed: int, attach: Sequence[Sequence[st
     """The configuration of one router process: its share of what is counted, and workers to attach.
 
     What is a limit of the whole is divided by the number of processes, since connections are dealt out
-    evenly: quotas and the length of the queue. `attach` are the addresses of each model's workers.
+    evenly: quotas and the length of the queue. (Keys' quotas each process divides as it reads them.)
+    `attach` are the addresses of each model's workers.
     """
     settings = config.router
     count = settings.processes
@@ -95,11 +97,14 @@ def _share(tenant: TenantConfig, count: int) -> TenantConfig:
 async def supervise(config: Config, log_level: str) -> None:
     """Serve with several processes until SIGTERM or SIGINT.
 
-    Raises `OSError` where the port cannot be had, `WorkerStartError` where a worker does not come up,
-    and `PartStartError` where a router process does not.
+    Raises `OSError` where the port cannot be had, `ConfigError` where the file of keys cannot be used,
+    `WorkerStartError` where a worker does not come up, and `PartStartError` where a router process does
+    not.
     """
     stop, hurry = listen_for_signals()
     settings = config.router
+    if (keys := key_file(settings)) is not None:
+        keys.read()  # each process does; a mistake is told once, and before any worker is started
     with contextlib.ExitStack() as held:
         if settings.port:
             # The shared kind can be had beside another of the same user's; this one cannot.

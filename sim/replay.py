@@ -22,6 +22,7 @@ from router.core.placement import Decision, Policy
 from router.core.policies import POLICIES
 from router.core.ports import Observer
 from router.core.prefixes import marks
+from router.core.quotas import Quotas
 from router.core.router import Router
 from sim.engine import EngineRequest
 from sim.environment import Environment, Moment
@@ -200,6 +201,7 @@ class _Model:
         config: Config,
         options: Options,
         host: Host,
+        quotas: Quotas,
         witness: Witness | None,
     ) -> None:
         self.llm = llm
@@ -226,7 +228,7 @@ class _Model:
             slot_patience_s=config.router.slot_patience_s,
             locality_tokens=config.router.locality_tokens,
             weights=config.router.weights,
-            quotas=config.router.quotas,
+            quotas=quotas,
             observer=observer,
         )
         policy.router = self.router
@@ -319,9 +321,10 @@ class Replay:
 
     async def _replay(self, loop: SimLoop) -> None:
         host = Host()  # of every model: they run on one machine
+        quotas = Quotas(self._config.router.quotas, loop.time())
         for llm in self._config.llm_configs:
             self._models[llm.model_id] = _Model(
-                loop, llm, self._config, self._options, host, self._witness
+                loop, llm, self._config, self._options, host, quotas, self._witness
             )
         for model_id in self._known_models:
             self._find(model_id)

@@ -160,6 +160,10 @@ BAD = [
         "c.yaml:7: 4 pinned_adapters leave none of the 4 slots for others; pin at most 3, or raise",
     ),
     (HEAD + LORA + "      eviction: mru\n", "c.yaml:7: eviction: `mru` is not one of lru, gdsf"),
+    (
+        HEAD + "router: {api_keys_file: ''}\n",
+        "c.yaml:3: api_keys_file: Expected `str` of length >=",
+    ),
     (HEAD + 'router: {cache_dir: "a\\0b"}\n', "c.yaml:1: a path cannot be used: "),
     (HEAD + "router: {cache_dir: ~nosuchuser/x}\n", "c.yaml:1: a path cannot be used: "),
     (HEAD + "router: {queue_timeout_s: .inf}\n", "c.yaml:3: queue_timeout_s: Expected `float` <="),
@@ -226,13 +230,19 @@ def test_relative_folders_are_taken_from_the_files_folder(tmp_path: Path) -> Non
     assert llm.model_loading_config.source == str(tmp_path / "model")
     assert llm.lora_config is not None
     assert llm.lora_config.dynamic_lora_loading_path == str(tmp_path / "configs" / "adapters")
-    record = parse(
-        HEAD + "router: {record: {path: t.jsonl}}\n", name="c", folder=tmp_path
-    ).router.record
-    assert record is not None
-    assert record.path == str(tmp_path / "t.jsonl")
+    router = parse(
+        HEAD + "router: {record: {path: t.jsonl}, api_keys_file: keys.yaml}\n",
+        name="c",
+        folder=tmp_path,
+    ).router
+    assert router.record is not None
+    assert router.record.path == str(tmp_path / "t.jsonl")
+    assert router.api_keys_file == str(tmp_path / "keys.yaml")
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.name)
+CONFIGS = [path for path in sorted(FOLDER.glob("*.yaml")) if path.name != "keys.yaml"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_shipped_configuration_loads(path: Path) -> None:
     assert load(path).llm_configs

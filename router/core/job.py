@@ -39,8 +39,9 @@ class Job(msgspec.Struct, eq=False, gc=False):
     `max_output_tokens` 0 where the client did not say. `priority` is vLLM's: less is more urgent.
     `deadline` is the loop time by which its first token must be out. With `refuse_cold` it is turned
     away where its adapter is not resident. `prefix` are the marks of its prompt (see prefixes.py), and
-    `avoid` names workers that already failed this request. `counted` is the router's own: it has let
-    the job in before, so a retry, of whatever cause, is no second request of its tenant's quota. So are
+    `avoid` names workers that already failed this request. `accounts` are those whose quotas it is
+    charged to beside its tenant's, by names that no tenant has. `counted` is the router's own: it has
+    let the job in before, so a retry, of whatever cause, is no second request of a quota. So are
     `contends_since`, the loop time at which it was first refused because of another router, after which
     it goes before those who wait, and `contentions`, how often it was.
     """
@@ -55,6 +56,7 @@ class Job(msgspec.Struct, eq=False, gc=False):
     refuse_cold: bool = False
     prefix: tuple[Prefix, ...] = ()
     avoid: tuple[str, ...] = ()
+    accounts: tuple[str, ...] = ()
     counted: bool = False
     contends_since: float | None = None
     contentions: int = 0
@@ -82,7 +84,7 @@ class Outcome(StrEnum):
     QUEUE_FULL = "queue_full"
     QUEUE_TIMEOUT = "queue_timeout"
     DEADLINE = "deadline"  # its first token would have come too late, or did not come in time
-    OVER_QUOTA = "over_quota"  # of its tenant
+    OVER_QUOTA = "over_quota"  # of one of its accounts
     COLD_REFUSED = "cold_refused"  # its adapter was not resident, and it asked not to wait for that
     LOAD_FAILED = "load_failed"
     WORKER_FAILED = "worker_failed"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, Self
 from router.core.fleet import Worker
 from router.core.job import AdapterUse, Job, LoadError, LoadFault
 from router.core.placement import Decision
+from router.core.quotas import Charge
 from router.core.residency import RESIDENT, Slot
 
 if TYPE_CHECKING:
@@ -54,11 +55,11 @@ class Lease:
     """
 
     __slots__ = (
+        "_charge",
         "_first_token_at",
         "_grant",
         "_output_tokens",
         "_prompt_tokens",
-        "_reserved",
         "_router",
         "job",
         "load_s",
@@ -69,7 +70,7 @@ class Lease:
         self._router = router
         self.job = job
         self._grant: Grant | None = None
-        self._reserved = 0.0
+        self._charge: Charge | None = None
         self._first_token_at: float | None = None
         self._prompt_tokens: int | None = None
         self._output_tokens: int | None = None
@@ -106,7 +107,7 @@ class Lease:
 
     async def __aenter__(self) -> Self:
         router, job = self._router, self.job
-        self._reserved = router._enter(job)  # noqa: SLF001  (two halves of one mechanism)
+        charge = self._charge = router._enter(job)  # noqa: SLF001  (two halves of one mechanism)
         try:
             if router._fetches.needed(job):  # noqa: SLF001
                 started = router.loop.time()
@@ -125,7 +126,7 @@ class Lease:
                         raise
                     router._contends(job)  # noqa: SLF001
         except BaseException:
-            router._settle(job, self._reserved, 0.0)  # noqa: SLF001
+            charge.settle(0.0, router.loop.time())
             raise
         return self
 
@@ -180,7 +181,9 @@ class Lease:
             if self._first_token_at is not None and tokens > 1:
                 step_s = (router.loop.time() - self._first_token_at) / (tokens - 1)
                 router.fleet.learn_pace(grant.worker, step_s)
-        used = self._reserved
+        charge = self._charge
+        assert charge is not None
+        used = charge.tokens
         if kind is not None:
             # A client that hangs up has had its prompt computed; who was failed pays nothing.
             gone = issubclass(kind, asyncio.CancelledError)
@@ -188,5 +191,5 @@ class Lease:
         if tokens is not None:
             prompt = self._prompt_tokens
             used = float(tokens + (self.job.prompt_tokens if prompt is None else prompt))
-        router._settle(self.job, self._reserved, used)  # noqa: SLF001
+        charge.settle(used, router.loop.time())
         router._release(grant)  # noqa: SLF001

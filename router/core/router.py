@@ -28,7 +28,7 @@ from router.core.lease import Grant, Lease
 from router.core.loads import Loads
 from router.core.placement import Decision, Drop, Policy, Reason, nobody
 from router.core.ports import Loader, NoObserver, Observer
-from router.core.quotas import Quota, Quotas
+from router.core.quotas import Charge, Quotas, Shortage
 from router.core.replicas import Replicas
 from router.core.residency import RESIDENT, Slot
 from router.core.timing import GAIN, Tier
@@ -53,7 +53,7 @@ class Router:
     `max_queued` bounds how many wait for capacity and `queue_timeout_s` for how long. Who has waited
     for a slot for `slot_patience_s` gets one that is closed to new users until it falls idle.
     `locality_tokens` is the policy's own unless given. `weights` are the tenants' shares under
-    contention, `quotas` their limits a minute.
+    contention. `quotas` are what accounts may use a minute; routers may share them.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Router:
         slot_patience_s: float = 1.0,
         locality_tokens: float | None = None,
         weights: Mapping[str, float] | None = None,
-        quotas: Mapping[str, Quota] | None = None,
+        quotas: Quotas | None = None,
         observer: Observer | None = None,
     ) -> None:
         self.loop = asyncio.get_running_loop()
@@ -82,7 +82,7 @@ class Router:
             weights=weights,
         )
         fleet.tenants.weigh(weights or {})
-        self._quotas = Quotas(quotas or {}, self.loop.time())
+        self._quotas = quotas or Quotas({}, self.loop.time())
         self._drain_rate = DrainRate()
         self._fetches = Fetches(fleet, loader)
         self._loads = Loads(fleet, loader, self._observer, self._load_ended)
@@ -237,8 +237,8 @@ class Router:
 
     # Admission: before there is anything to wait for.
 
-    def _enter(self, job: Job) -> float:
-        """Let a job in, or raise `Rejected`; return the tokens that it reserved of its quota."""
+    def _enter(self, job: Job) -> Charge:
+        """Let a job in, or raise `Rejected`; return what it reserved of its accounts' quotas."""
         if self._closed:
             raise self._shutting_down()
         now = self.loop.time()
@@ -251,18 +251,19 @@ class Router:
         if job.refuse_cold and adapter is not None and not fleet.resident(adapter):
             self._refuse_cold(adapter)
         tokens = job.prompt_tokens + fleet.learned.expected_output(job.max_output_tokens)
-        if wait_s := self._quotas.reserve(job.tenant, tokens, now, again=job.counted):
+        accounts = (job.tenant, *job.accounts)
+        charge = self._quotas.reserve(accounts, tokens, now, again=job.counted)
+        if isinstance(charge, Shortage):
+            name, wait_s = charge.account, charge.wait_s
+            whose = f"tenant `{name}`" if name == job.tenant else f"account `{name}`"
             raise Rejected(
                 Outcome.OVER_QUOTA,
-                f"tenant `{job.tenant}` is over its quota; there is room again in {wait_s:.3g} s",
+                f"{whose} is over its quota; there is room again in {wait_s:.3g} s",
                 wait_s,
             )
         job.counted = True
         fleet.tenants.arrived(job.tenant, now)
-        return tokens
-
-    def _settle(self, job: Job, reserved: float, used: float) -> None:
-        self._quotas.settle(job.tenant, reserved, used, self.loop.time())
+        return charge
 
     def _refuse_cold(self, adapter: AdapterRef) -> NoReturn:
         """Fail fast: whoever asked for it can go elsewhere."""

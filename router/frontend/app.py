@@ -10,17 +10,18 @@ It gets requests whole, from `connection.py`, each the last one on its connectio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from router.core.job import AdapterUse
+from router.frontend.access import Access
 from router.frontend.auth import Keys
 from router.frontend.errors import ApiError, too_large, unauthorized
+from router.frontend.listing import Listing, card
 from router.frontend.models import Models
-from router.model import ModelService
 from router.telemetry.metrics import Metrics
 
 log = logging.getLogger("lorayard.frontend")
@@ -38,7 +39,7 @@ def application(
     closing: Callable[[], bool],
 ) -> web.Application:
     """The application over the models that are served. `closing` is whether it takes no more."""
-    pages = _Pages(models, metrics, closing)
+    pages = _Pages(models, metrics, keys, closing)
     app = web.Application(
         middlewares=[_stamped(keys, max_body_bytes)], client_max_size=max_body_bytes
     )
@@ -61,8 +62,8 @@ def _stamped(keys: Keys, max_body_bytes: int) -> Middleware:
     async def stamped(request: web.Request, handler: Handler) -> web.StreamResponse:
         request_id = request.headers.get("x-request-id", "")
         try:
-            if request.path not in OPEN_PATHS and not keys.accept(request.headers):
-                raise unauthorized()
+            if request.path not in OPEN_PATHS:
+                _access(keys, request)
             response = await handler(request)
         except ApiError as error:
             response = _answer(error)
@@ -90,6 +91,14 @@ def _stamped(keys: Keys, max_body_bytes: int) -> Middleware:
     return stamped
 
 
+def _access(keys: Keys, request: web.Request) -> Access:
+    """What the request's key gives, or `ApiError` 401."""
+    access = keys.find(request.headers.get("authorization"), request.headers.get("x-api-key"))
+    if access is None:
+        raise unauthorized()
+    return access
+
+
 def _answer(error: ApiError) -> web.Response:
     return web.Response(status=error.status, body=error.body(), headers=error.headers())
 
@@ -97,11 +106,15 @@ def _answer(error: ApiError) -> web.Response:
 class _Pages:
     """The answers."""
 
-    def __init__(self, models: Models, metrics: Metrics, closing: Callable[[], bool]) -> None:
+    def __init__(
+        self, models: Models, metrics: Metrics, keys: Keys, closing: Callable[[], bool]
+    ) -> None:
         self._models = models
+        self._keys = keys
         self._closing = closing
         self._metrics = metrics
         self._created = int(time.time())
+        self._listing = Listing(models, self._created)
 
     async def health(self, _: web.Request) -> web.Response:
         return web.json_response({"status": "ok"})
@@ -118,28 +131,15 @@ class _Pages:
             headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
         )
 
-    async def list_models(self, _: web.Request) -> web.Response:
-        data = []
-        for model in self._models:
-            data.append(self._card(model, None))
-            if model.catalog is not None:
-                data += [self._card(model, name) for name in model.catalog.names]
-        return _json({"object": "list", "data": data})
+    async def list_models(self, request: web.Request) -> web.Response:
+        return _json(self._listing.body(_access(self._keys, request).scope))
 
     async def show_model(self, request: web.Request) -> web.Response:
-        model, adapter = await self._models.resolve(request.match_info["id"])
-        return _json(self._card(model, adapter.name if adapter else None))
-
-    def _card(self, model: ModelService, adapter: str | None) -> dict[str, Any]:
-        return {
-            "id": f"{model.model_id}:{adapter}" if adapter else model.model_id,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "lorayard",
-            "root": adapter or model.llm.model_loading_config.source,
-            "parent": model.model_id if adapter else None,
-        }
+        scope = _access(self._keys, request).scope
+        model, adapter = await self._models.resolve(request.match_info["id"], scope)
+        shown = card(model, adapter.name if adapter else None, self._created)
+        return _json(msgspec.json.encode(shown))
 
 
-def _json(data: dict[str, Any]) -> web.Response:
-    return web.Response(body=msgspec.json.encode(data), content_type="application/json")
+def _json(data: bytes) -> web.Response:
+    return web.Response(body=data, content_type="application/json")

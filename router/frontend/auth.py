@@ -1,37 +1,49 @@
-"""Who may ask. Keys come from the environment; without any, everyone on the network may."""
+"""Who may ask, and for what. Keys come from a file and the environment; without either, everyone may.
 
-import hashlib
+A key is hashed, its hash is looked up, and the whole of the hash is compared in constant time. How long
+the look-up takes depends on the hash alone, never on the key, and nobody can make a hash that begins as
+another one does: so time tells nothing of a key, and the cost is the same with ten keys and ten
+thousand. Nothing is kept of what was given, be it right or wrong.
+"""
+
 import hmac
-import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from router.frontend.access import FULL, Access
+from router.keys import digest_of
+
+
+class _Known(NamedTuple):
+    digest: bytes
+    access: Access
 
 
 class Keys:
-    """The accepted API keys, kept as hashes and compared in constant time."""
+    """The accepted API keys, by their hashes. `anyone` is whether none is needed."""
 
-    def __init__(self, keys: list[str]) -> None:
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+    def __init__(self, full: Iterable[str] = (), *, anyone: bool = False) -> None:
+        self.anyone = anyone
+        self._full = {digest: _Known(digest, FULL) for digest in map(digest_of, full)}
+        self._known = self._full
 
-    @classmethod
-    def from_environment(cls, name: str) -> "Keys":
-        """Read keys, separated by commas, from a variable; it may be unset."""
-        return cls([key for key in map(str.strip, os.environ.get(name, "").split(",")) if key])
+    def replace(self, listed: Mapping[bytes, Access]) -> None:
+        """Accept these from now on, by their SHA-256, beside those with full access."""
+        known = {digest: _Known(digest, access) for digest, access in listed.items()}
+        self._known = known | self._full
 
-    def __bool__(self) -> bool:
-        return bool(self._digests)
-
-    def accept(self, headers: Mapping[str, str]) -> bool:
-        """Whether the headers carry one of the keys, or none is needed.
+    def find(self, authorization: str | None, api_key: str | None) -> Access | None:
+        """What the key gives that was sent; None where it is no key.
 
         `Authorization: Bearer KEY`, as OpenAI's clients send it, or `x-api-key: KEY`, as Anthropic's.
         """
-        if not self._digests:
-            return True
-        scheme, _, key = headers.get("authorization", "").partition(" ")
+        if self.anyone:
+            return FULL
+        scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer":
-            key = headers.get("x-api-key", "")
-        given = hashlib.sha256(key.strip().encode("utf-8", errors="surrogateescape")).digest()
-        found = False
-        for digest in self._digests:
-            found |= hmac.compare_digest(digest, given)
-        return found
+            key = api_key or ""
+        digest = digest_of(key.strip())
+        known = self._known.get(digest)
+        if known is None or not hmac.compare_digest(known.digest, digest):
+            return None
+        return known.access

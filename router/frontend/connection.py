@@ -72,7 +72,7 @@ class Service(Protocol):
     connections: "dict[ClientConnection, None]"
 
     def accepts(self, request: Request) -> bool:
-        """Whether the request carries a key, if one is needed."""
+        """Whether the request carries a key, if one is needed; what it gives is noted on it."""
 
     def lost(self, connection: "ClientConnection") -> None:
         """A connection is gone, or the application's."""

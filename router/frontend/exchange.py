@@ -117,6 +117,7 @@ class Exchange:
             prompt_tokens=len(body) // BYTES_PER_TOKEN,
             max_output_tokens=head.output_tokens,
             tenant=terms.tenant,
+            accounts=terms.accounts,
             priority=terms.priority,
             deadline=None if terms.deadline_s is None else request.arrived + terms.deadline_s,
             refuse_cold=terms.refuse_cold,

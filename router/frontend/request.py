@@ -10,6 +10,7 @@ from engine_worker.protocol import (
     VERSION_HEADER,
 )
 from router.frontend import terms
+from router.frontend.access import FULL
 from router.frontend.errors import ApiError, too_large
 
 PASSED_ON: Final = "/v1/"
@@ -44,16 +45,17 @@ class Request:
     """One request, whole. `fields` are its headers as they came, names in lower case.
 
     `target` is what stands in the request line, `path` and `query` its parts, still quoted.
-    `arrived` is the loop's time at the end of its head.
+    `arrived` is the loop's time at the end of its head, `access` what its key gives.
     """
 
     __slots__ = (
-        "_first", "arrived", "body", "fields", "http_1_0", "id", "keep_alive", "method", "path",
-        "query", "target",
+        "_first", "access", "arrived", "body", "fields", "http_1_0", "id", "keep_alive", "method",
+        "path", "query", "target",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.id = ""
+        self.access = FULL
         self.method = b""
         self.target = b""
         self.path = ""

@@ -93,8 +93,12 @@ class Frontend:
         return self._in_flight
 
     def accepts(self, request: Request) -> bool:
-        """Whether the request carries a key, if one is needed."""
-        return not self._keys or self._keys.accept(request.headers())
+        """Whether the request carries a key, if one is needed; what it gives is noted on it."""
+        access = self._keys.find(request.get(b"authorization"), request.get(b"x-api-key"))
+        if access is None:
+            return False
+        request.access = access
+        return True
 
     def lost(self, connection: ClientConnection) -> None:
         """A connection is gone, or the application's."""
@@ -117,12 +121,14 @@ class Frontend:
             path = worker_path(route, request.query)
             if path is None:
                 raise ApiError(404, f"No route {request.path}.")
-            terms = self._terms.usual
+            access = request.access
             if request.has_terms:
-                terms = self._terms.read(request.headers())
+                terms = self._terms.read(request.headers(), access)
+            else:
+                terms = self._terms.usual(access)
             head = parse_head(request.body)
             user = head.user or request.get(SESSION) or request.id
-            model, adapter = await self._models.resolve(head.model, str(user))
+            model, adapter = await self._models.resolve(head.model, access.scope, str(user))
             exchange = Exchange(
                 request,
                 connection,

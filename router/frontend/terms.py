@@ -1,13 +1,14 @@
-"""The headers that say for whom a request is, how urgent, and what it would rather not wait for.
+"""For whom a request is, how urgent, and what it would rather not wait for: its headers, and its key.
 
     x-tenant            one of `router.tenants`; another name is nobody's, and counts as none
     x-priority          -3 to 3, less is more urgent, as vLLM's `priority`; the tenant's where left out
     x-ttft-deadline-ms  milliseconds from its arrival to its first token; else `router.ttft_deadline_s`
     x-adapter-cold      `reject`: turn it away rather than wait for a cold load; `allow` is the default
 
-They are the router's alone and no worker sees them. Whoever holds a key may name any tenant, so they
-are for gateways that can be trusted, until keys name tenants. What cannot be read is a 400 that says
-what to send: a misspelt deadline must not be a silent default.
+They are the router's alone and no worker sees them. A key that names its tenant has the last word: then
+`x-tenant` says nothing, and what is more urgent than the key's priority, or its tenant's, counts as
+that. A key that names none may speak for any tenant: it is for gateways that can be trusted. What
+cannot be read is a 400 that says what to send: a misspelt deadline must not be a silent default.
 """
 
 import re
@@ -18,6 +19,7 @@ from typing import Final
 import msgspec
 
 from router.config import RouterConfig, TenantConfig
+from router.frontend.access import FULL, Access
 from router.frontend.errors import ApiError
 
 TENANT: Final = "x-tenant"
@@ -32,12 +34,16 @@ SHOWN: Final = 40
 
 
 class Terms(msgspec.Struct, frozen=True):
-    """What the headers say, with the configuration's word where they say nothing. Times in seconds."""
+    """What the headers say, with the key's or the configuration's word where they may not, or do not.
+
+    Times in seconds. `accounts` are those that it is charged to beside its tenant's.
+    """
 
     tenant: str = ""
     priority: int = 0
     deadline_s: float | None = None
     refuse_cold: bool = False
+    accounts: tuple[str, ...] = ()
 
 
 class TermsReader:
@@ -45,21 +51,33 @@ class TermsReader:
 
     def __init__(self, config: RouterConfig) -> None:
         self._tenants: dict[str, TenantConfig] = {one.name: one for one in config.tenants}
-        self.usual = Terms(deadline_s=config.ttft_deadline_s)
+        self._deadline_s = config.ttft_deadline_s
 
-    def read(self, headers: Mapping[str, str]) -> Terms:
+    def usual(self, access: Access) -> Terms:
+        """The terms of a request without such headers."""
+        return Terms(
+            access.tenant, access.priority or 0, self._deadline_s, accounts=access.accounts
+        )
+
+    def read(self, headers: Mapping[str, str], access: Access = FULL) -> Terms:
         """The terms of one request, its headers' names in lower case. Raises `ApiError` 400."""
-        if HEADERS.isdisjoint(headers):
-            return self.usual
-        tenant = self._tenants.get(headers.get(TENANT, ""))
-        deadline_s = self.usual.deadline_s
+        tenant = self._tenants.get(access.tenant or headers.get(TENANT, ""))
+        deadline_s = self._deadline_s
         if (text := headers.get(DEADLINE)) is not None:
             deadline_s = _deadline_ms(text) / 1000
-        priority = 0 if tenant is None else tenant.priority
+        priority = access.priority
+        if priority is None:
+            priority = 0 if tenant is None else tenant.priority
         if (text := headers.get(PRIORITY)) is not None:
             priority = _priority(text)
+            if access.priority is not None:
+                priority = max(priority, access.priority)
         return Terms(
-            "" if tenant is None else tenant.name, priority, deadline_s, _cold(headers.get(COLD))
+            "" if tenant is None else tenant.name,
+            priority,
+            deadline_s,
+            _cold(headers.get(COLD)),
+            access.accounts,
         )
 
 

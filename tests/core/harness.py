@@ -1,7 +1,7 @@
 """A router over made-up workers, in virtual time: what the core's tests drive."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from heapq import heappop, heappush
 from random import Random
 from typing import Any, TypeVar
@@ -10,6 +10,7 @@ from router.core.fleet import Fleet, Worker
 from router.core.job import AdapterRef, Job, LoadError
 from router.core.placement import Decision
 from router.core.policies import POLICIES
+from router.core.quotas import Quota, Quotas
 from router.core.residency import Eviction
 from router.core.router import Router
 from sim.environment import Environment, Moment
@@ -162,16 +163,19 @@ class Cluster:
         policy: str = "affinity",
         eviction: Eviction = Eviction.LRU,
         seed: int = 0,
+        quotas: Mapping[str, Quota] | None = None,
         **settings: Any,  # noqa: ANN401
     ) -> None:
         self.loader = loader or FakeLoader()
         self.log = Log()
         self.policy = POLICIES[policy](Random(seed))
+        self.quotas = Quotas(quotas or {}, asyncio.get_running_loop().time())
         self.router = Router(
             Fleet("base"),
             self.policy,
             self.loader,
             observer=self.log,
+            quotas=self.quotas,
             **settings,
         )
         self.workers = [

@@ -1,4 +1,4 @@
-"""What the core learns: rates, prefixes, times, holders. And the quotas' buckets."""
+"""What the core learns: rates, prefixes, times, holders."""
 
 import pytest
 from fleets import W, fleet_of
@@ -11,7 +11,6 @@ from router.core.drain import WINDOW, DrainRate
 from router.core.fleet import Fleet, Worker
 from router.core.job import AdapterRef, Prefix
 from router.core.prefixes import PrefixIndex, marks
-from router.core.quotas import Quota, Quotas
 from router.core.replicas import FADE, LOADS_AT_ONCE, Replicas
 from router.core.timing import EngineTimes, Learned, Tier, new_pace
 
@@ -87,34 +86,6 @@ def test_the_drain_rate_is_that_of_contention() -> None:
     rate.pause()
     rate.served(1e6)
     assert rate.per_s == pytest.approx(10), "the silence between is not counted"
-
-
-@given(st.lists(st.tuples(st.floats(0, 20), st.floats(1, 400), st.floats(0, 400)), max_size=40))
-def test_no_minute_exceeds_a_quota_by_more_than_what_it_had_saved(
-    requests: list[tuple[float, float, float]],
-) -> None:
-    quota = Quota(requests_per_minute=10, tokens_per_minute=600)
-    quotas = Quotas({"t": quota}, 0.0)
-    now = 0.0
-    taken = [(0.0, 0.0)]
-    for gap, tokens, used in requests:
-        now += gap
-        wait_s = quotas.reserve("t", tokens, now)
-        assert wait_s >= 0
-        if not wait_s:
-            quotas.settle("t", tokens, used, now)
-            taken.append((now, 1.0))
-        assert quotas.reserve("other", 1e9, now) == 0.0
-    assert sum(count for _, count in taken) <= 10 + now / 6 + 1
-
-
-def test_who_waits_as_long_as_it_was_told_is_let_in() -> None:
-    quotas = Quotas({"t": Quota(tokens_per_minute=600)}, 0.0)
-    assert quotas.reserve("t", 500, 0.0) == 0.0
-    assert quotas.reserve("t", 200, 0.0) == pytest.approx(10.0)
-    assert quotas.reserve("t", 200, 10.01) == 0.0
-    assert quotas.reserve("t", 5000, 60.0) > 0, "more than a minute's worth: when it is full"
-    assert quotas.reserve("t", 5000, 200.0) == 0.0
 
 
 class Plan:

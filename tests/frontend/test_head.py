@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.core.job import LoadError, LoadFault, Outcome, Rejected
-from router.frontend.auth import Keys
 from router.frontend.errors import ApiError, load_failed, rejected
 from router.frontend.head import for_model, parse_head
 
@@ -75,25 +74,6 @@ def test_who_is_turned_away_hears_when_to_come_again(outcome: Outcome) -> None:
     assert error.kind == ("rate_limit_error" if over_quota else "server_error")
     assert (error.code, str(error)) == (outcome.value, "why")
     assert error.headers()["retry-after"] == "13"
-
-
-@pytest.mark.parametrize(
-    ("header", "accepted"),
-    [
-        ("Bearer one", True),
-        ("bearer two", True),
-        ("Bearer three", False),
-        ("Bearer ", False),
-        ("one", False),
-        (None, False),
-    ],
-)
-def test_keys(header: str | None, accepted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KEYS", "one, two,")
-    headers = {"authorization": header} if header is not None else {}
-    assert Keys.from_environment("KEYS").accept(headers) is accepted
-    assert Keys.from_environment("NOT_SET").accept(headers)
-    assert Keys.from_environment("KEYS").accept({"x-api-key": "two"})
 
 
 REWRITTEN = [

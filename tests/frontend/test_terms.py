@@ -1,11 +1,14 @@
+import msgspec
 import pytest
 
 from router.config import RouterConfig, TenantConfig
 from router.frontend import terms
+from router.frontend.access import Access, Scope
 from router.frontend.errors import ApiError
 from router.frontend.request import Request
 from router.frontend.terms import Terms, TermsReader
 
+ALL = Scope()
 CONFIG = RouterConfig(
     ttft_deadline_s=9.0,
     tenants=(TenantConfig("gold", weight=2.0, priority=-2), TenantConfig("plain")),
@@ -53,6 +56,33 @@ BAD = [
 @pytest.mark.parametrize(("headers", "wanted"), GOOD, ids=[str(given) for given, _ in GOOD])
 def test_headers_become_terms(headers: dict[str, str], wanted: Terms) -> None:
     assert TermsReader(CONFIG).read(headers) == wanted
+
+
+KEYED: list[tuple[Access, dict[str, str], tuple[str, int]]] = [
+    (Access(ALL, "gold", -2), {}, ("gold", -2)),
+    (Access(ALL, "gold", -2), {"x-tenant": "plain"}, ("gold", -2)),
+    (Access(ALL, "plain", 0), {"x-tenant": "gold"}, ("plain", 0)),
+    (Access(ALL, "plain", 0), {"x-tenant": "made-up"}, ("plain", 0)),
+    (Access(ALL, "plain", 0), {"x-priority": "-3"}, ("plain", 0)),
+    (Access(ALL, "plain", 0), {"x-priority": "2"}, ("plain", 2)),
+    (Access(ALL, "gold", 1), {}, ("gold", 1)),
+    (Access(ALL, "", 1), {"x-tenant": "gold"}, ("gold", 1)),
+    (Access(ALL, "", 1), {"x-tenant": "gold", "x-priority": "-1"}, ("gold", 1)),
+    (Access(ALL), {"x-tenant": "gold", "x-priority": "-3"}, ("gold", -3)),
+]
+
+
+@pytest.mark.parametrize(("access", "headers", "wanted"), KEYED)
+def test_a_key_has_the_last_word(
+    access: Access, headers: dict[str, str], wanted: tuple[str, int]
+) -> None:
+    charged = msgspec.structs.replace(access, accounts=("key:a",))
+    reader = TermsReader(CONFIG)
+    terms = reader.read(headers, charged)
+    assert (terms.tenant, terms.priority) == wanted
+    assert (terms.deadline_s, terms.accounts) == (9.0, ("key:a",))
+    if not headers:
+        assert reader.usual(charged) == terms
 
 
 @pytest.mark.parametrize(("header", "value", "message"), BAD)

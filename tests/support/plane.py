@@ -23,6 +23,7 @@ from router.config import RouterConfig
 from router.core.fleet import Fleet, Worker
 from router.core.job import AdapterRef, AdapterUse, LoadError, Outcome
 from router.core.policies import POLICIES
+from router.core.quotas import Quotas
 from router.core.router import Router
 from router.frontend.auth import Keys
 from router.frontend.connection import ClientConnection
@@ -340,7 +341,10 @@ class MadeUpPool:
 
 
 class MadeUpModel:
-    """`ModelService` without a store: every name that may be an adapter's is one."""
+    """`ModelService` without a store: every name that may be an adapter's is one, but those `absent`.
+
+    `lookups` are the names that were asked for.
+    """
 
     def __init__(self, pool: MadeUpPool, router: Router) -> None:
         self.model_id = MODEL
@@ -350,11 +354,16 @@ class MadeUpModel:
         self.endings: list[tuple[AdapterRef | None, AdapterUse | None, bool]] = []
         self.ready = True
         self.llm = SimpleNamespace(model_loading_config=SimpleNamespace(source="made-up"))
+        self.absent: set[str] = set()
+        self.lookups: list[str] = []
 
     async def find(
         self, name: str, user: str = "", *, afresh: bool = False
     ) -> AdapterRef | None:
-        return AdapterRef(MODEL, name, "sha256:1") if is_name(name) else None
+        self.lookups.append(name)
+        if name in self.absent or not is_name(name):
+            return None
+        return AdapterRef(MODEL, name, "sha256:1")
 
     async def instead_of(self, adapter: AdapterRef, why: str) -> AdapterRef | None:
         return None
@@ -371,15 +380,19 @@ class Plane:
     def __init__(self, config: RouterConfig, max_ongoing: int, keys: list[str]) -> None:
         self.metrics = Metrics()
         self.pool = MadeUpPool()
+        self.quotas = Quotas(config.quotas, asyncio.get_running_loop().time())
         self.router = Router(
             Fleet(MODEL),
             POLICIES["affinity"](Random(0)),
             self.pool,
             max_queued=config.max_queued_requests,
+            quotas=self.quotas,
         )
         self.router.set_observer(self.metrics.watch(MODEL, self.router))
-        model = cast("ModelService", MadeUpModel(self.pool, self.router))
-        self.frontend = Frontend(Models([model]), config, self.metrics, Keys(keys))
+        self.model = MadeUpModel(self.pool, self.router)
+        model = cast("ModelService", self.model)
+        self.keys = Keys(keys, anyone=not keys)
+        self.frontend = Frontend(Models([model]), config, self.metrics, self.keys)
         self.workers: list[ScriptedWorker] = []
         self.clients: list[Client] = []
         self.port = 0
