@@ -156,7 +156,9 @@ async def counters(session: aiohttp.ClientSession, url: str) -> dict[str, float]
     async with session.get(f"{url}/metrics") as answer:
         lines = (await answer.text()).splitlines()
     return {
-        part: sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name}_sum"))
+        part: sum(
+            float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name}_sum")
+        )
         for part, name in PARTS.items()
     }
 

@@ -64,8 +64,8 @@ class LoraConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     `dynamic_lora_loading_path` is a folder, or s3://, gs://, az://, https:// or hf://. A download may
     take `download_timeout_s` in all, and each of its parts may be tried `max_download_tries` times.
     `accepted_base_models` names further values of `base_model_name_or_path` that adapters may carry;
-    `eviction` says which idle adapter leaves for another, and `pinned_adapters` never do; they are loaded
-    at the start, and so are `preload_adapters`.
+    `eviction` says which idle adapter leaves for another; `pinned_adapters` never do, and are loaded at
+    the start, as `preload_adapters` are.
     `rollout_weight` is the share of requests that a new version of an adapter gets when it is ready: 1
     and it serves all, 0 and it waits for its promotion. One that serves and fails more often than all
     else is rolled back within its first `rollback_window_s`.
@@ -186,9 +186,8 @@ class RouterConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     because its adapter is at hand (the policy's own unless given). `ttft_deadline_s` is the latest time
     to the first token that is of use: what would miss it is turned away, so that the others do not.
     `tenants` are named by the header `x-tenant`; a name that is not listed is none. `explain_sample` is
-    the share of decisions that are logged with their reasons. `download_connections` is how many parts of
-    adapters are downloaded at once, and `download_mib_per_s` how fast all of them together (None: no
-    limit). `cache_max_gib` is what adapters may take on disk, all base models together (None: no
+    the share of decisions that are logged with their reasons. `download_connections` is how many parts
+    of adapters are downloaded at once, and `download_mib_per_s` how fast all together (None: no limit). `cache_max_gib` is what adapters may take on disk, all base models together (None: no
     bound); the least recently used go. Requests need a key if `api_keys_file` names a file of keys (see
     keys.py), which is read again when it changes, or the environment variable that `api_keys_env` names
     holds some, separated by commas; those may do everything.

@@ -156,7 +156,7 @@ class ModelService:
         adapters = self.adapters
         if adapters is None:
             return None
-        if not afresh and (known := adapters.named(name, user)) is not None:
+        if not afresh and (known := adapters.names.named(name, user)) is not None:
             return known
         return await adapters.find(name, user, afresh=afresh)
 

@@ -247,18 +247,8 @@ class Exchange:
 
     async def _relay(self, lease: Lease) -> bool:
         name, job, request, config = self._model.model_id, self._job, self._request, self._config
-        worker_id = self._worker_id = lease.worker.id
-        self._use = lease.use
-        self._stamps = f"x-worker: {worker_id}\r\nx-adapter: {lease.use.value}\r\n"
-        if job.adapter is not None:
-            self._stamps += f"x-adapter-version: {job.adapter.version}\r\n"
-        if lease.queued_s:
-            self._metrics.queued(name, lease.queued_s)
-        answer = Answer(time.monotonic if self._recorder is None else self._recorder.clock)
-        if self._recording is not None:
-            self._recording.worker = worker_id
-            self._recording.adapter_use = lease.use
-            self._recording.answer = answer
+        answer = self._placed(lease)
+        worker_id = self._worker_id
         # A retry, if there is one, should go elsewhere.
         avoid = job.avoid
         job.avoid = (*avoid, worker_id)
@@ -267,9 +257,7 @@ class Exchange:
             raise WorkerFailedError("it is gone")
         adapter = job.adapter
         named = adapter.model_id if adapter else ""
-        model = client.model_for(adapter) if adapter else ""
-        if adapter and not model and self._model_id != adapter.model_id:
-            model = adapter.model_id  # the version that was named goes in a header
+        model = (client.model_for(adapter) or self._without_version(adapter)) if adapter else ""
         own = client.upstreams.headers
         passage = Passage(
             self._client,
@@ -318,6 +306,26 @@ class Exchange:
         self._metrics.placed(job, lease.use)
         self._metrics.answered(name, self._loop.time() - request.arrived)
         return not closes
+
+    def _placed(self, lease: Lease) -> Answer:
+        """Note where the request goes, for whoever looks at it later; where its answer is followed."""
+        self._worker_id = lease.worker.id
+        self._use = lease.use
+        self._stamps = f"x-worker: {self._worker_id}\r\nx-adapter: {lease.use.value}\r\n"
+        if self._job.adapter is not None:
+            self._stamps += f"x-adapter-version: {self._job.adapter.version}\r\n"
+        if lease.queued_s:
+            self._metrics.queued(self._model.model_id, lease.queued_s)
+        answer = Answer(time.monotonic if self._recorder is None else self._recorder.clock)
+        if self._recording is not None:
+            self._recording.worker = self._worker_id
+            self._recording.adapter_use = lease.use
+            self._recording.answer = answer
+        return answer
+
+    def _without_version(self, adapter: AdapterRef) -> str:
+        """The adapter's id, where the client has named its version too, which a worker gets apart."""
+        return "" if self._model_id == adapter.model_id else adapter.model_id
 
     def _asked(self, own: bytes, named: str, model: str) -> tuple[bytes, bytes]:
         """The head and body that a worker gets, which may know the adapter by a `model` of its own."""

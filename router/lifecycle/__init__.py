@@ -1,1 +1,1 @@
-"""The life of adapters: which version a name means, how one follows another, and what operators may do."""
+"""The life of adapters: which version a name means, how one follows another, what operators do."""

@@ -1,7 +1,7 @@
 """What one adapter's name means: which version serves, which is tried out, which can be gone back to.
 
-Pure: a step takes an alias and returns the next one, or raises what is wrong with it. Who fetches, warms
-and tells the others is in `adapters.py`; where it is kept is `registry.py`.
+Pure: a step takes an alias and returns the next one, or raises what is wrong with it. Who fetches and
+loads is in following.py, who tells the others in spread.py, and where it is kept in registry.py.
 
     follow     a new version is in the store: it serves all, or gets a share of the requests at first
     split      an operator gives another version a share
@@ -9,7 +9,7 @@ and tells the others is in `adapters.py`; where it is kept is `registry.py`.
     roll back  the candidate gets nothing any more; without one, the previous version serves again
     refuse     a version was found to be bad before anybody was served by it
 
-A version that was rolled back or refused is not followed again by itself; an operator may still name it.
+A version that was rolled back or refused is not followed again by itself; operators may name it.
 """
 
 import msgspec

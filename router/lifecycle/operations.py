@@ -17,13 +17,12 @@ from router.core.job import AdapterRef, LoadError, LoadFault
 from router.core.router import Router
 from router.lifecycle.adapters import SPLITTER, Adapters
 from router.lifecycle.alias import Alias, promoted, rolled_back, split
+from router.lifecycle.loading import RESIDENT, loaded_on
 from router.lifecycle.registry import RegistryError
 from router.lifecycle.spread import Spread
 from router.lifecycle.status import Places, adapter_status, places_of, worker_status
 from router.lifecycle.words import AdapterStatus, Change, LifecycleError, Problem, WorkerStatus
 from router.workers.pool import WorkerPool
-
-RESIDENT = "resident"
 
 
 class Operations:
@@ -93,7 +92,7 @@ class Operations:
         ]
         others.sort(key=lambda worker: (worker.slots.occupied, worker.ongoing))
         async with _translated():
-            said = await self._adapters.loaded_on((holders + others)[:wanted], adapter)
+            said = await loaded_on(self._router, (holders + others)[:wanted], adapter)
         there = sum(outcome == RESIDENT for outcome in said.values())
         if not there:
             reasons = "; ".join(f"{worker}: {what}" for worker, what in said.items())
@@ -125,7 +124,7 @@ class Operations:
     async def pin(self, name: str, *, pinned: bool) -> Change:
         """Never evict it from where it is or comes to be, or evict it again as any other."""
         await self._known(name)
-        if not pinned and self._adapters.is_pinned_by_configuration(name):
+        if not pinned and self._adapters.presence.is_pinned_always(name):
             raise LifecycleError(
                 "conflict", "the configuration pins it (pinned_adapters); change it there"
             )
@@ -143,8 +142,8 @@ class Operations:
             stored = await self._adapters.refresh_one(name)
         if stored is None:
             raise self._unknown(name)
-        serving = self._adapters.serving(name)
-        alias = self._adapters.alias(name)
+        serving = self._adapters.names.serving(name)
+        alias = self._adapters.names.alias(name)
         message = f"{serving.version if serving else stored.version} serves"
         if alias.message:
             message += f"; {alias.message}"
@@ -159,7 +158,7 @@ class Operations:
 
     async def promote(self, name: str, version: str | None = None) -> Change:
         """Have the candidate, or the version that is named, serve all."""
-        chosen = version or self._adapters.alias(name).candidate
+        chosen = version or self._adapters.names.alias(name).candidate
         serving = await self._ready(name, chosen)
         return await self._stepped(
             name, lambda alias: promoted(_serves(alias, serving), chosen, time.time())
@@ -168,7 +167,7 @@ class Operations:
     async def rollback(self, name: str) -> Change:
         """Drop the candidate; without one, go back to the previous version."""
         await self._known(name)
-        alias = self._adapters.alias(name)
+        alias = self._adapters.names.alias(name)
         if alias.previous and not alias.candidate:
             await self._on_disk(self._version(name, alias.previous))
         return await self._stepped(
@@ -176,14 +175,14 @@ class Operations:
         )
 
     async def _ready(self, name: str, version: str) -> AdapterRef:
-        """Have a version on this disk, and on the workers that hold the one that serves, which is returned."""
+        """Have a version on this disk, and where the serving one is held, which is returned."""
         serving = await self._known(name)
         if version and version != serving.version:
             adapter = self._version(name, version)
             await self._on_disk(adapter)
             holders = [one for one in self._router.fleet.holders(serving) if one.accepting]
             async with _translated():
-                await self._adapters.loaded_on(holders, adapter)
+                await loaded_on(self._router, holders, adapter)
         return serving
 
     # Where it comes from.
@@ -201,7 +200,7 @@ class Operations:
 
     async def unregister(self, name: str) -> Change:
         """Forget that place."""
-        source = self._adapters.alias(name).source
+        source = self._adapters.names.alias(name).source
         if not source:
             raise LifecycleError("conflict", f"{self._id(name)} has no place of its own")
         await self._stepped(name, lambda _: Alias())
@@ -233,7 +232,7 @@ class Operations:
             adapter = None if SPLITTER in name else await self._adapters.find(name)
         if adapter is None:
             raise self._unknown(name)
-        return self._adapters.serving(name) or adapter
+        return self._adapters.names.serving(name) or adapter
 
     def _version(self, name: str, version: str) -> AdapterRef:
         return AdapterRef(self.model_id, name, version)
@@ -252,7 +251,7 @@ class Operations:
 
     async def _stepped(self, name: str, step: Callable[[Alias], Alias]) -> Change:
         async with _translated():
-            alias = await self._adapters.change(name, step)
+            alias = await self._spread.change(name, step)
         return Change(self._id(name), alias.message)
 
     def _unknown(self, name: str) -> LifecycleError:

@@ -1,7 +1,7 @@
 """Which of two versions a request gets: a share of the users, and each always the same one.
 
-A user's place between 0 and 1 is a hash of who it is and of the version that is tried out, so that it is
-the same in every router process and after a restart, and that not the same users get all that is new.
+A user's place between 0 and 1 is a hash of who it is and of the version that is tried out. So it is the
+same in every router process and after a restart, and not the same users get all that is new.
 """
 
 import hashlib

@@ -63,12 +63,12 @@ class Spread:
         return alias
 
     async def drain(self, worker_id: str, *, draining: bool) -> None:
-        """Have all processes send a worker nothing new, or send it work again. Raises `RegistryError`."""
+        """Have all processes send a worker nothing new, or work again. Raises `RegistryError`."""
         serial = await self._in_thread(lambda: self._registry.drain(worker_id, draining=draining))
         await self._everywhere(serial)
 
     async def claim(self, name: str) -> bool:
-        """Whether this process is the one to see to a name, until `give_back`. Raises `RegistryError`."""
+        """Whether this process sees to a name, until `give_back`. Raises `RegistryError`."""
         return await self._in_thread(lambda: self._registry.claim(name))
 
     async def give_back(self, name: str) -> None:

@@ -43,9 +43,9 @@ def _note(places: Places, adapter: AdapterRef, worker: Worker, there: Residence)
 
 def adapter_status(adapters: Adapters, name: str, places: Places, now: float) -> AdapterStatus:
     """One adapter's; `places` are those of all."""
-    alias = adapters.alias(name)
+    alias = adapters.names.alias(name)
     listed = adapters.catalog.get(name)
-    serving = adapters.serving(name)
+    serving = adapters.names.serving(name)
     version = serving.version if serving else alias.serving or (listed.version if listed else "")
     usage = adapters.usages.by_name.get(name, UNUSED)
     where = places.get(name, {})
@@ -61,7 +61,7 @@ def adapter_status(adapters: Adapters, name: str, places: Places, now: float) ->
         rank=facts.rank if facts else None,
         bytes=facts.bytes if facts else size,
         source=alias.source or adapters.store_url,
-        pinned=adapters.is_pinned(name),
+        pinned=adapters.presence.is_pinned(name),
         hits=usage.hits,
         cold_loads=usage.cold_loads,
         requests=usage.requests,

@@ -213,9 +213,7 @@ async def test_a_store_that_is_not_reached_is_given_up_at_the_deadline(
             await cache_of(shop.url, tmp_path / "cache", timeout_s=0.5).folder_of(adapter)
 
 
-async def test_what_changes_while_it_is_downloaded_is_not_mixed(
-    shop: Shop, tmp_path: Path
-) -> None:
+async def test_what_changes_while_it_is_downloaded_is_not_mixed(shop: Shop, tmp_path: Path) -> None:
     adapter = shop.find()
 
     def change() -> None:
@@ -292,9 +290,7 @@ def test_killed_anywhere_in_a_download_it_goes_on_from_there(
     assert left_in(root) == [Path(place).name]
 
 
-def test_killed_at_any_change_of_names_it_is_whole_or_not_there(
-    shop: Shop, tmp_path: Path
-) -> None:
+def test_killed_at_any_change_of_names_it_is_whole_or_not_there(shop: Shop, tmp_path: Path) -> None:
     if shop.kind == "s3":
         pytest.skip("nothing in it depends on the kind of store")
     (place, times) = ended_well(fetcher(shop, tmp_path / "first", "0"))

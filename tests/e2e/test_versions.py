@@ -67,9 +67,7 @@ async def session(deployment: Deployment) -> AsyncIterator[aiohttp.ClientSession
         yield client
 
 
-async def ask(
-    client: aiohttp.ClientSession, model: str, tokens: int = 6, user: str = ""
-) -> Answer:
+async def ask(client: aiohttp.ClientSession, model: str, tokens: int = 6, user: str = "") -> Answer:
     asked_at = time.monotonic()
     body = {"model": model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": tokens}
     if user:
@@ -209,4 +207,3 @@ def test_what_serves_is_the_same_after_a_kill(store: Path, tmp_path: Path) -> No
         deployment.process.wait()
     with deployed(config, tmp_path / "router") as deployment:
         assert run_apart(versions(deployment)) == before
-

@@ -357,9 +357,7 @@ class MadeUpModel:
         self.absent: set[str] = set()
         self.lookups: list[str] = []
 
-    async def find(
-        self, name: str, user: str = "", *, afresh: bool = False
-    ) -> AdapterRef | None:
+    async def find(self, name: str, user: str = "", *, afresh: bool = False) -> AdapterRef | None:
         self.lookups.append(name)
         if name in self.absent or not is_name(name):
             return None
@@ -368,9 +366,7 @@ class MadeUpModel:
     async def instead_of(self, adapter: AdapterRef, why: str) -> AdapterRef | None:
         return None
 
-    def ended(
-        self, adapter: AdapterRef | None, use: AdapterUse | None, *, failed: bool
-    ) -> None:
+    def ended(self, adapter: AdapterRef | None, use: AdapterUse | None, *, failed: bool) -> None:
         self.endings.append((adapter, use, failed))
 
 

@@ -1,0 +1,128 @@
+"""What is to be there before it is asked for, and what is to stay: preloaded, pinned, kept on disk."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from router.adapters.cache import AdapterCache
+from router.adapters.store import StoreError
+from router.config import LoraConfig
+from router.core.job import AdapterRef
+from router.lifecycle.names import Names
+from router.lifecycle.usage import Usages
+
+log = logging.getLogger("lorayard.lifecycle")
+
+PERIOD_S: Final = 1.0
+
+
+class Presence:
+    """Of one model's adapters. `find` looks an adapter up by its name."""
+
+    def __init__(
+        self,
+        names: Names,
+        usages: Usages,
+        cache: AdapterCache,
+        lora: LoraConfig,
+        find: Callable[[str], Awaitable[AdapterRef | None]],
+    ) -> None:
+        self._names = names
+        self._usages = usages
+        self._cache = cache
+        self._lora = lora
+        self._find = find
+        self._pinned: dict[str, AdapterRef] = {}
+        self._held: dict[tuple[str, str], None] = {}
+        self._missing: tuple[str, ...] = ()
+
+    def is_pinned(self, name: str) -> bool:
+        """Whether the configuration or an operator has pinned it."""
+        return self._names.alias(name).pinned or self.is_pinned_always(name)
+
+    def is_pinned_always(self, name: str) -> bool:
+        """Whether the configuration has."""
+        return name in self._lora.pinned_adapters
+
+    def pin(self) -> None:
+        """Pin what is to be pinned, at the version that serves."""
+        names, router = self._to_pin(), self._names.router
+        for name, adapter in tuple(self._pinned.items()):
+            if name not in names or self._names.serving(name) != adapter:
+                router.pin(adapter, pinned=False)
+                del self._pinned[name]
+        for name in names:
+            serving = self._names.serving(name)
+            if serving is not None and name not in self._pinned:
+                self._pinned[name] = serving
+                router.pin(serving, pinned=True)
+
+    def _to_pin(self) -> dict[str, None]:
+        return dict.fromkeys(self._lora.pinned_adapters) | self._names.pinned()
+
+    async def load(self) -> None:
+        """Load what nobody holds of what is to be there, on one worker after another; and pin it."""
+        missing = []
+        router = self._names.router
+        wanted = dict.fromkeys((*self._to_pin(), *self._lora.preload_adapters))
+        for number, name in enumerate(wanted):
+            try:
+                adapter = await self._find(name)
+            except StoreError as error:
+                log.warning("%s: not loaded yet: %s", self._names.id(name), error)
+                continue
+            workers = [worker for worker in router.fleet if worker.accepting]
+            if adapter is None:
+                missing.append(name)
+            elif workers and not router.fleet.holder_count(adapter):
+                router.warm(workers[number % len(workers)], adapter)
+        self.pin()
+        if missing and tuple(missing) != self._missing:
+            log.warning(
+                "%s: to be loaded or pinned, but not in the store: %s; put them there, or correct the "
+                "names",
+                self._names.model_id,
+                ", ".join(missing),
+            )
+        self._missing = tuple(missing)
+
+    async def keep(self) -> None:
+        """Hold on this disk whatever may be loaded again, for ever."""
+        try:
+            while True:
+                self._hold(self._wanted())
+                self._end_trials()
+                await asyncio.sleep(PERIOD_S)
+        finally:
+            self._hold({})
+
+    def _hold(self, wanted: dict[tuple[str, str], None]) -> None:
+        for key in [key for key in self._held if key not in wanted]:
+            del self._held[key]
+            self._cache.let_go(*key)
+        for key in wanted:
+            if key not in self._held:
+                self._held[key] = None
+                self._cache.hold(*key)
+
+    def _wanted(self) -> dict[tuple[str, str], None]:
+        """What is in slots, and what a version on trial may be replaced by."""
+        wanted = {
+            (slot.adapter.name, slot.adapter.version): None
+            for worker in self._names.router.fleet
+            for slot in worker.slots
+        }
+        for name in self._usages.trials:
+            alias = self._names.alias(name)
+            for version in (*alias.versions, alias.previous):
+                if version:
+                    wanted[name, version] = None
+        return wanted
+
+    def _end_trials(self) -> None:
+        """A version that has served all for long enough is no longer on trial."""
+        latest = asyncio.get_running_loop().time() - self._lora.rollback_window_s
+        for name, trial in tuple(self._usages.trials.items()):
+            if trial.began < latest and self._names.alias(name).candidate != trial.version:
+                self._usages.settle(name)
