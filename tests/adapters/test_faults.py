@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -58,8 +59,14 @@ class Shop(NamedTuple):
         return adapter
 
 
+@pytest.fixture(scope="module")
+def s3_url() -> Iterator[str]:
+    with s3_server() as names:
+        yield names["AWS_ENDPOINT_URL"]
+
+
 @pytest.fixture(params=["s3", "http"])
-def shop(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Shop]:
+def shop(request: pytest.FixtureRequest, tmp_path: Path, s3_url: str) -> Iterator[Shop]:
     folder = tmp_path / "store"
     write_adapter(folder / "a", 1)
     if request.param == "http":  # it knows no checksums of its own
@@ -68,10 +75,10 @@ def shop(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Shop]:
         with file_server(folder) as server, fault_proxy(server.url) as proxy:
             yield Shop("http", proxy.url, proxy, folder)
         return
-    with s3_server() as names, fault_proxy(names["AWS_ENDPOINT_URL"]) as proxy:
-        with environment({"AWS_ENDPOINT_URL": proxy.url}):
-            upload(folder, "shop", "")
-            yield Shop("s3", "s3://shop", proxy, folder)
+    with fault_proxy(s3_url) as proxy, environment({"AWS_ENDPOINT_URL": proxy.url}):
+        bucket = f"shop-{secrets.token_hex(4)}"
+        upload(folder, bucket, "")
+        yield Shop("s3", f"s3://{bucket}", proxy, folder)
 
 
 def sha256(path: Path) -> str:
@@ -213,9 +220,7 @@ async def test_a_store_that_is_not_reached_is_given_up_at_the_deadline(
             await cache_of(shop.url, tmp_path / "cache", timeout_s=0.5).folder_of(adapter)
 
 
-async def test_what_changes_while_it_is_downloaded_is_not_mixed(
-    shop: Shop, tmp_path: Path
-) -> None:
+async def test_what_changes_while_it_is_downloaded_is_not_mixed(shop: Shop, tmp_path: Path) -> None:
     adapter = shop.find()
 
     def change() -> None:
@@ -273,6 +278,8 @@ def test_two_processes_fetch_one_adapter_once(shop: Shop, tmp_path: Path) -> Non
 def test_killed_anywhere_in_a_download_it_goes_on_from_there(
     shop: Shop, tmp_path: Path, budget: int
 ) -> None:
+    if shop.kind == "s3" and budget not in {PART, 67_735}:
+        pytest.skip("what is kept depends on the kind of store little")
     shop.proxy.budget = budget
     root = tmp_path / "cache"
     process = fetcher(shop, root)
@@ -292,9 +299,7 @@ def test_killed_anywhere_in_a_download_it_goes_on_from_there(
     assert left_in(root) == [Path(place).name]
 
 
-def test_killed_at_any_change_of_names_it_is_whole_or_not_there(
-    shop: Shop, tmp_path: Path
-) -> None:
+def test_killed_at_any_change_of_names_it_is_whole_or_not_there(shop: Shop, tmp_path: Path) -> None:
     if shop.kind == "s3":
         pytest.skip("nothing in it depends on the kind of store")
     (place, times) = ended_well(fetcher(shop, tmp_path / "first", "0"))
