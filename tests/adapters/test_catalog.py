@@ -24,6 +24,11 @@ class Store(LocalStore):
             raise StoreError("down")
         return super().find(name)
 
+    def list(self) -> dict[str, StoredAdapter]:
+        if self.down:
+            raise StoreError("down")
+        return super().list()
+
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
@@ -34,10 +39,13 @@ def store(tmp_path: Path) -> Store:
 async def test_what_is_listed_is_found_without_looking(store: Store) -> None:
     catalog = AdapterCatalog(store, refresh_s=100)
     await catalog.refresh()
-    store.lookups.clear()
     assert catalog.names == ["a"]
+    await catalog.find("a")
+    assert store.lookups == ["a"], "its version is not known of a listing of a folder"
     assert await catalog.find("a") is catalog.get("a")
-    assert store.lookups == []
+    await catalog.refresh()
+    assert await catalog.find("a") is catalog.get("a")
+    assert store.lookups == ["a"], "and was remembered"
 
 
 async def test_an_absent_name_is_looked_up_once(store: Store) -> None:

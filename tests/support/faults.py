@@ -47,6 +47,7 @@ class FaultProxy(ThreadingHTTPServer):
         self.faults: list[Fault] = []
         self.requests: Counter[str] = Counter()  # GET, by the last part of the path
         self.bytes: Counter[str] = Counter()
+        self.payers: set[str | None] = set()  # what requests said about who pays
         self.budget: int | None = None  # of bytes of weights in all, after which it stalls
         self.stalled = Event()
         self.released = Event()
@@ -93,6 +94,7 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         name = path.rpartition("/")[2]
         fault = None
+        self.server.payers.add(self.headers.get("x-amz-request-payer"))
         sent_body = self.rfile.read(int(self.headers.get("content-length", 0)))
         if self.command == "GET":
             with self.server.lock:
