@@ -85,17 +85,15 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def cache_of(
-    url: str, root: Path, *, timeout_s: float = 30, tries: int = 3, max_bytes: int | None = None
-) -> AdapterCache:
+def cache_of(url: str, root: Path, *, timeout_s: float = 30, connections: int = 4) -> AdapterCache:
     cache = AdapterCache(
         open_store(url),
         root / "base",
         RULES,
         timeout_s=timeout_s,
-        max_tries=tries,
-        downloads=Downloads(4, part_bytes=PART),
-        space=Space(root, max_bytes),
+        max_tries=3,
+        downloads=Downloads(connections, part_bytes=PART),
+        space=Space(root),
     )
     cache.prepare()
     return cache
@@ -214,7 +212,11 @@ async def test_a_store_that_is_not_reached_is_given_up_at_the_deadline(
     shop: Shop, tmp_path: Path
 ) -> None:
     adapter = shop.find()
-    shop.proxy.faults = [Fault("", times=99, before=lambda: shop.proxy.released.wait() and None)]
+
+    def wait() -> None:
+        shop.proxy.released.wait()
+
+    shop.proxy.faults = [Fault("", times=99, before=wait)]
     async with asyncio.timeout(20):
         with pytest.raises(LoadError, match=r"not here after 0\.5 s"):
             await cache_of(shop.url, tmp_path / "cache", timeout_s=0.5).folder_of(adapter)
@@ -228,18 +230,9 @@ async def test_what_changes_while_it_is_downloaded_is_not_mixed(shop: Shop, tmp_
         shop.put(shop.folder / "a" / WEIGHTS)
 
     shop.proxy.faults = [Fault(CONFIG, before=change)]
+    # One connection: the weights come after the configuration.
+    cache = cache_of(shop.url, tmp_path / "cache", connections=1)
     with pytest.raises(LoadError, match="changed or gone") as error:
-        # One connection: the weights come after the configuration.
-        cache = AdapterCache(
-            open_store(shop.url),
-            tmp_path / "cache" / "base",
-            RULES,
-            timeout_s=30,
-            max_tries=3,
-            downloads=Downloads(1, part_bytes=PART),
-            space=Space(tmp_path / "cache"),
-        )
-        cache.prepare()
         await cache.folder_of(adapter)
     assert error.value.fault is LoadFault.ADAPTER_CHANGED
     assert left_in(tmp_path / "cache") == []

@@ -22,8 +22,8 @@ HOP = {"connection", "transfer-encoding", "content-length", "date", "server", "k
 class Fault:
     """What happens to the next `times` requests for a path that ends with `path`.
 
-    Either a `status` with `headers` and `body`; or the answer itself, after `before` was called: cut off
-    or stalled after so many bytes, or with a byte of it changed.
+    Either a `status` with `headers` and `body`; or the answer itself, after `before` was called: cut
+    off or stalled after so many bytes, or with a byte of it changed.
     """
 
     path: str
