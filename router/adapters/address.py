@@ -34,7 +34,8 @@ def problem_with(path: str) -> str | None:
         return f"`{found[1]}://` is not known; write a folder or one of {_known()}"
     pattern, what_to_write = kind
     if not re.fullmatch(pattern, path[found.end() :]):
-        return f"`{path}` names no store; write {what_to_write}"
+        shown = re.sub(r"//[^/@]*@", "//***@", path)  # a password is repeated nowhere
+        return f"`{shown}` names no store; write {what_to_write}"
     if found[1] == "http" and not _is_loopback(urlsplit(path).hostname or ""):
         return (
             f"`{path}` would bring adapters unprotected over a network; write https://, "

@@ -64,7 +64,7 @@ class HubStore:
         self._own_name = parts[-1]
         self._is_adapter: bool | None = None
         # Read now, since the library reads it only when it is imported.
-        self._api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+        self._api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), library_name="lorayard")
         self._pool = urllib3.PoolManager(
             maxsize=CONNECTIONS_MAX,
             retries=False,

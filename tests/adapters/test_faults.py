@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -58,8 +59,14 @@ class Shop(NamedTuple):
         return adapter
 
 
+@pytest.fixture(scope="module")
+def s3_url() -> Iterator[str]:
+    with s3_server() as names:
+        yield names["AWS_ENDPOINT_URL"]
+
+
 @pytest.fixture(params=["s3", "http"])
-def shop(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Shop]:
+def shop(request: pytest.FixtureRequest, tmp_path: Path, s3_url: str) -> Iterator[Shop]:
     folder = tmp_path / "store"
     write_adapter(folder / "a", 1)
     if request.param == "http":  # it knows no checksums of its own
@@ -68,27 +75,25 @@ def shop(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Shop]:
         with file_server(folder) as server, fault_proxy(server.url) as proxy:
             yield Shop("http", proxy.url, proxy, folder)
         return
-    with s3_server() as names, fault_proxy(names["AWS_ENDPOINT_URL"]) as proxy:
-        with environment({"AWS_ENDPOINT_URL": proxy.url}):
-            upload(folder, "shop", "")
-            yield Shop("s3", "s3://shop", proxy, folder)
+    with fault_proxy(s3_url) as proxy, environment({"AWS_ENDPOINT_URL": proxy.url}):
+        bucket = f"shop-{secrets.token_hex(4)}"
+        upload(folder, bucket, "")
+        yield Shop("s3", f"s3://{bucket}", proxy, folder)
 
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def cache_of(
-    url: str, root: Path, *, timeout_s: float = 30, tries: int = 3, max_bytes: int | None = None
-) -> AdapterCache:
+def cache_of(url: str, root: Path, *, timeout_s: float = 30, connections: int = 4) -> AdapterCache:
     cache = AdapterCache(
         open_store(url),
         root / "base",
         RULES,
         timeout_s=timeout_s,
-        max_tries=tries,
-        downloads=Downloads(4, part_bytes=PART),
-        space=Space(root, max_bytes),
+        max_tries=3,
+        downloads=Downloads(connections, part_bytes=PART),
+        space=Space(root),
     )
     cache.prepare()
     return cache
@@ -207,7 +212,11 @@ async def test_a_store_that_is_not_reached_is_given_up_at_the_deadline(
     shop: Shop, tmp_path: Path
 ) -> None:
     adapter = shop.find()
-    shop.proxy.faults = [Fault("", times=99, before=lambda: shop.proxy.released.wait() and None)]
+
+    def wait() -> None:
+        shop.proxy.released.wait()
+
+    shop.proxy.faults = [Fault("", times=99, before=wait)]
     async with asyncio.timeout(20):
         with pytest.raises(LoadError, match=r"not here after 0\.5 s"):
             await cache_of(shop.url, tmp_path / "cache", timeout_s=0.5).folder_of(adapter)
@@ -221,18 +230,9 @@ async def test_what_changes_while_it_is_downloaded_is_not_mixed(shop: Shop, tmp_
         shop.put(shop.folder / "a" / WEIGHTS)
 
     shop.proxy.faults = [Fault(CONFIG, before=change)]
+    # One connection: the weights come after the configuration.
+    cache = cache_of(shop.url, tmp_path / "cache", connections=1)
     with pytest.raises(LoadError, match="changed or gone") as error:
-        # One connection: the weights come after the configuration.
-        cache = AdapterCache(
-            open_store(shop.url),
-            tmp_path / "cache" / "base",
-            RULES,
-            timeout_s=30,
-            max_tries=3,
-            downloads=Downloads(1, part_bytes=PART),
-            space=Space(tmp_path / "cache"),
-        )
-        cache.prepare()
         await cache.folder_of(adapter)
     assert error.value.fault is LoadFault.ADAPTER_CHANGED
     assert left_in(tmp_path / "cache") == []
@@ -271,6 +271,8 @@ def test_two_processes_fetch_one_adapter_once(shop: Shop, tmp_path: Path) -> Non
 def test_killed_anywhere_in_a_download_it_goes_on_from_there(
     shop: Shop, tmp_path: Path, budget: int
 ) -> None:
+    if shop.kind == "s3" and budget not in {PART, 67_735}:
+        pytest.skip("what is kept depends on the kind of store little")
     shop.proxy.budget = budget
     root = tmp_path / "cache"
     process = fetcher(shop, root)

@@ -74,9 +74,10 @@ def gcs_server(folder: Path) -> Iterator[str]:
         port = str(probe.getsockname()[1])
     command = [str(binary), "-backend", "memory", "-scheme", "http", "-host", "127.0.0.1"]
     command += ["-port", port, "-public-host", f"127.0.0.1:{port}"]
-    with started(command, folder / "gcs.log", r"server started at (http://\S+?)\"?\s") as url:
-        with environment({"GOOGLE_BASE_URL": url, "GOOGLE_SKIP_SIGNATURE": "true"}):
-            yield url
+    url = f"http://127.0.0.1:{port}"
+    names = {"GOOGLE_BASE_URL": url, "GOOGLE_SKIP_SIGNATURE": "true"}
+    with started(command, folder / "gcs.log", "(server started at)"), environment(names):
+        yield url
 
 
 def gcs_bucket(url: str, bucket: str) -> None:

@@ -22,8 +22,8 @@ HOP = {"connection", "transfer-encoding", "content-length", "date", "server", "k
 class Fault:
     """What happens to the next `times` requests for a path that ends with `path`.
 
-    Either a `status` with `headers` and `body`; or the answer itself, after `before` was called: cut off
-    or stalled after so many bytes, or with a byte of it changed.
+    Either a `status` with `headers` and `body`; or the answer itself, after `before` was called: cut
+    off or stalled after so many bytes, or with a byte of it changed.
     """
 
     path: str
@@ -47,6 +47,7 @@ class FaultProxy(ThreadingHTTPServer):
         self.faults: list[Fault] = []
         self.requests: Counter[str] = Counter()  # GET, by the last part of the path
         self.bytes: Counter[str] = Counter()
+        self.payers: set[str | None] = set()  # what requests said about who pays
         self.budget: int | None = None  # of bytes of weights in all, after which it stalls
         self.stalled = Event()
         self.released = Event()
@@ -93,6 +94,7 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         name = path.rpartition("/")[2]
         fault = None
+        self.server.payers.add(self.headers.get("x-amz-request-payer"))
         sent_body = self.rfile.read(int(self.headers.get("content-length", 0)))
         if self.command == "GET":
             with self.server.lock:

@@ -47,7 +47,7 @@ class Handler(BaseHTTPRequestHandler):
     def file(self) -> Path:
         return self.server.folder / unquote(urlsplit(self.path).path).strip("/")
 
-    def do_PROPFIND(self) -> None:  # noqa: N802
+    def do_PROPFIND(self) -> None:
         self.rfile.read(int(self.headers.get("content-length", 0)))
         top = self.file
         if not top.exists():
@@ -75,10 +75,10 @@ class Handler(BaseHTTPRequestHandler):
             "</D:prop><D:status>HTTP/1.1 200 OK</D:status></D:propstat></D:response>"
         )
 
-    def do_HEAD(self) -> None:  # noqa: N802
+    def do_HEAD(self) -> None:
         self.do_GET()
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         if not self.file.is_file():
             return self.answer(HTTPStatus.NOT_FOUND)
         data = self.file.read_bytes()

@@ -51,8 +51,9 @@ class HubHandler(Handler):
     server: HubServer
 
     def do_GET(self) -> None:  # noqa: N802
-        self.server.tokens.append(self.headers.get("authorization"))
         path = unquote(urlsplit(self.path).path)
+        if REPO in path:  # the library asks for things of its own, too
+            self.server.tokens.append(self.headers.get("authorization"))
         tree, resolve = f"/api/models/{REPO}/tree/main", f"/{REPO}/resolve/main/"
         if path == tree or path.startswith(f"{tree}/"):
             self.tree(path.removeprefix(tree).strip("/"))
