@@ -332,7 +332,8 @@ async def test_an_unload_that_fails_leaves_it_held_and_in_use(adapter: Path) -> 
     bench.engine.fail = False
     for _ in range(2):  # idempotent
         await unload_for(bench, "r0", "base:a")
-    assert bench.feed.state.gpu == ()
+    assert not bench.engine.held
+    assert not msgspec.json.decode(bench.service.state(), type=State).gpu
 
 
 async def test_an_unload_waits_for_the_load_that_evicts_the_same(adapter: Path) -> None:
