@@ -167,6 +167,10 @@ class Arbiter:
             raise self._refuse(Refusal.IN_USE, f"{adapter.name} is in use by another router")
         self._unloading[adapter] = None
 
+    def used_still(self, adapter: AdapterId) -> RefusedError:
+        """The refusal for an unload that waited for too long until nobody used it."""
+        return self._refuse(Refusal.IN_USE, f"{adapter.name} is still in use")
+
     def end_unload(self, adapter: AdapterId, *, unloaded: bool) -> None:
         """It has left, or it has not and may be used again."""
         self._unloading.pop(adapter, None)

@@ -39,6 +39,8 @@ RequestT = TypeVar("RequestT")
 log = logging.getLogger("lorayard.worker")
 # What routers tell of each other's requests is gathered for so long.
 GATHER_S: Final = 0.005
+# A router that unloads has no request there any more; one that was given up may end a moment later.
+LEFTOVER_S: Final = 5.0
 ROUTER: Final = ROUTER_HEADER.lower()
 ADAPTER: Final = ADAPTER_HEADER.lower()
 VERSION: Final = VERSION_HEADER.lower()
@@ -304,19 +306,28 @@ class WorkerService:
         self, adapter: AdapterId, leaves: Sequence[AdapterId], timeout_s: float
     ) -> None:
         """Wait until nobody uses those who leave. Raises `RefusedError`."""
+        if not await self._idle(leaves, timeout_s):
+            raise self._arbiter.kept(adapter)
+
+    async def _idle(self, adapters: Sequence[AdapterId], timeout_s: float) -> bool:
+        """Wait until nobody uses them, but not for longer; whether that is so."""
         try:
             async with asyncio.timeout(timeout_s):
-                while self._arbiter.used(leaves):
+                while self._arbiter.used(adapters):
                     await self._left.wait()
         except TimeoutError:
-            raise self._arbiter.kept(adapter) from None
+            return False
+        return True
 
     def _refused_load(self, refused: RefusedError, router: str) -> WorkerError:
         state = self._view(router, self._feed.state)
         return WorkerError(409, str(refused), code=refused.refusal, state=state)
 
     async def unload(self, body: bytes, router: str = "") -> bytes:
-        """Drop an adapter, unless another router uses it. Raises `WorkerError`."""
+        """Drop an adapter once its router's last request has ended, unless another one uses it.
+
+        Raises `WorkerError`.
+        """
         adapter = _decode(body, UnloadRequest).adapter
         lock = self._locks.setdefault(adapter.name, asyncio.Lock())
         try:
@@ -336,6 +347,8 @@ class WorkerService:
         self._feed.set_adapters(self._feed.state.gpu, self._feed.state.host)
         unloaded = False
         try:
+            if not await self._idle((adapter,), LEFTOVER_S):
+                raise self._refused_load(self._arbiter.used_still(adapter), router)
             await self._engine.remove(adapter)
             unloaded = True
         finally:

@@ -118,7 +118,7 @@ class Lease:
             while self._grant is None:
                 if job.contentions > CONTENTIONS_AT_ONCE:
                     doublings = job.contentions - CONTENTIONS_AT_ONCE
-                    self.queued_s += await router._pause(doublings)  # noqa: SLF001
+                    self.queued_s += await router._pause(job, doublings)  # noqa: SLF001
                 try:
                     self._grant = await self._placed()
                 except LoadError as error:

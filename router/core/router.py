@@ -93,6 +93,7 @@ class Router:
             fleet, self._queue, self._decide, self._drain, patience_s=slot_patience_s
         )
         self._headroom = Headroom(fleet)
+        self._pausing: dict[str, Job] = {}  # by their ids: whom other routers were quicker than
         self._again: asyncio.TimerHandle | None = None
         self._again_at = math.inf
         self._replicas = Replicas(fleet, self.warm) if policy.replicates else None
@@ -438,7 +439,7 @@ class Router:
             self._drain_rate.pause()
         self._claims.left(waiter)
 
-    async def _pause(self, doublings: int) -> float:
+    async def _pause(self, job: Job, doublings: int) -> float:
         """Let other routers be done, the longer the oftener they were quicker; how long that was."""
         pause_s = min(CONTENTION_PAUSE_S * (1 << min(doublings, 10)), CONTENTION_PAUSE_MAX_S)
         over: asyncio.Future[None] = self.loop.create_future()
@@ -448,10 +449,12 @@ class Router:
                 over.set_result(None)
 
         timer = self.loop.call_later(pause_s, end)
+        self._pausing[job.id] = job
         try:
             await over
         finally:
             timer.cancel()
+            del self._pausing[job.id]
         return pause_s
 
     def _contends(self, job: Job) -> None:
@@ -538,8 +541,9 @@ class Router:
             self._departures.look(worker)
 
     def _wanted(self, adapter: AdapterRef) -> int:
-        """How many jobs wait for the adapter, in whatever queue."""
-        return self._queue.waiting_for(adapter) + self._fetches.waiting_for(adapter)
+        """How many jobs wait for the adapter, for whatever reason."""
+        pausing = sum(job.adapter == adapter for job in self._pausing.values())
+        return self._queue.waiting_for(adapter) + self._fetches.waiting_for(adapter) + pausing
 
     # Placement, and the reservation in the same step.
 

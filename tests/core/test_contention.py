@@ -2,7 +2,9 @@
 
 Each core hears of each worker late, as by a pushed state, and decides by what it knows; the worker's
 service (engine_worker/service.py) over a made-up engine refuses what would break a bound. Whatever the
-schedule: no bound is broken, every request ends well, and every count returns to nothing.
+schedule, flips of versions and unloads that fail among it: no bound is broken, nothing that is used is
+dropped, every request ends well, every count returns to nothing, and the ledgers are what the engines
+hold.
 """
 
 import asyncio
@@ -17,17 +19,27 @@ from harness import FakeLoader, after_every_event, ref, simulate
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine_worker.protocol import AdapterId, Info, LoadReply, LoadRequest, State, WireError
+from engine_worker.protocol import (
+    AdapterId,
+    Info,
+    LoadReply,
+    LoadRequest,
+    State,
+    UnloadRequest,
+    WireError,
+)
 from engine_worker.service import StateFeed, Tiers, WorkerError, WorkerService
 from router.core.claims import PATIENCES
 from router.core.demand import MEMORY_S
 from router.core.fleet import Fleet, LoadRefusedError, Report, Worker
-from router.core.job import AdapterRef, Job
+from router.core.job import AdapterRef, Job, LoadError, LoadFault
 from router.core.policies import POLICIES
+from router.core.residency import Phase
 from router.core.router import Router
 
 LATE_S = 0.02
 LOAD_S = 0.3
+UNLOAD_S = 0.2
 LIMIT = 3
 
 
@@ -40,6 +52,8 @@ class Engine:
         self.using: list[AdapterId | None] = []
         self.loads = 0
         self.peak = 0
+        self.unloads = 0
+        self.fails_every = 0  # of the unloads, one in so many
 
     async def add(self, adapter: AdapterId, path: str, evict: Sequence[AdapterId]) -> Tiers:
         self.loads += 1
@@ -52,7 +66,12 @@ class Engine:
         return await self.residency()
 
     async def remove(self, adapter: AdapterId) -> None:
-        raise AssertionError
+        self.unloads += 1
+        await asyncio.sleep(UNLOAD_S)
+        if self.fails_every and self.unloads % self.fails_every == 0:
+            raise WorkerError(500, "busy")
+        assert adapter not in self.using, f"{adapter} was unloaded while it was used"
+        self.held.pop(adapter, None)
 
     async def residency(self) -> Tiers:
         return tuple(self.held), ()
@@ -108,6 +127,22 @@ class SharedLoader(FakeLoader):
         except WorkerError as error:
             answer = msgspec.json.decode(error.body(), type=WireError)
             assert answer.state is not None
+            raise LoadRefusedError(str(error), report_of(answer.state)) from None
+        await asyncio.sleep(0.001)
+        return msgspec.json.decode(body, type=LoadReply).seq
+
+    async def unload(self, worker: Worker, adapter: AdapterRef) -> int:
+        leaves = wire(adapter)
+        assert leaves is not None
+        await asyncio.sleep(0.001)
+        try:
+            body = await self.workers[worker.id].service.unload(
+                msgspec.json.encode(UnloadRequest(leaves)), self.router_id
+            )
+        except WorkerError as error:
+            answer = msgspec.json.decode(error.body(), type=WireError)
+            if answer.state is None:
+                raise LoadError(LoadFault.WORKER, str(error)) from None
             raise LoadRefusedError(str(error), report_of(answer.state)) from None
         await asyncio.sleep(0.001)
         return msgspec.json.decode(body, type=LoadReply).seq
@@ -195,6 +230,30 @@ class Bench:
             reach = [worker for worker in fleet.ready if worker.slots.spare]
             assert list(fleet.within_reach(ref("nowhere"))) == reach
 
+    async def flip(self, adapter: str, at: float, what: str) -> None:
+        """Every process hears of it, each in its time."""
+        await asyncio.sleep(at)
+        for one in self.routers:
+            if what == "retire":
+                one.router.retire(ref(adapter))
+            elif what == "restore":
+                one.router.restore(ref(adapter))
+            else:
+                await one.router.unload(ref(adapter))
+            await asyncio.sleep(0.01)
+
+    async def agreed(self) -> None:
+        """Nothing is on its way any more, and all say that the same is where it is."""
+        await asyncio.sleep(300)
+        for router in self.routers:
+            assert not router.router.fleet.retired
+            for worker in router.router.fleet:
+                one = self.shared[worker.id]
+                held = {ref(adapter.name.removeprefix("base:")) for adapter in one.engine.held}
+                assert {slot.adapter for slot in worker.slots} == held
+                assert {slot.phase for slot in worker.slots} <= {Phase.RESIDENT}
+                assert set(one.service._arbiter.held) == set(one.engine.held)
+
     async def close(self) -> None:
         for worker in self.shared.values():
             occupancy = worker.service._arbiter.occupancy()
@@ -238,6 +297,84 @@ def test_every_request_of_every_router_ends_well(
         await bench.close()
 
     simulate(main())
+
+
+FLIPS = st.lists(
+    st.tuples(
+        st.sampled_from("abc"),
+        st.floats(0, 6),
+        st.sampled_from(["retire", "retire", "unload", "restore"]),
+    ),
+    max_size=6,
+)
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    ASKED,
+    FLIPS,
+    st.sampled_from(["affinity", "cost"]),
+    st.integers(1, 3),
+    st.sampled_from([0, 2, 3]),
+)
+def test_what_is_retired_leaves_all_workers_and_nothing_that_is_used(
+    folder: Path,
+    asked: list[tuple[int, str | None, float, float]],
+    flips: list[tuple[str, float, str]],
+    policy: str,
+    slots: int,
+    fails_every: int,
+) -> None:
+    async def main() -> None:
+        bench = Bench(folder, slots=slots, policy=policy)
+        for worker in bench.shared.values():
+            worker.engine.fails_every = fails_every
+        after_every_event(bench.check_reach)
+        async with asyncio.timeout(500):
+            await asyncio.gather(
+                *(bench.ask(*one) for one in asked), *(bench.flip(*one) for one in flips)
+            )
+        await bench.agreed()
+        for adapter in "abc":
+            last = max((flip for flip in flips if flip[0] == adapter), default=None, key=_at)
+            # Who comes after it was forgotten has an adapter like any other.
+            late = any(name == adapter and at > last[1] for _, name, at, _ in asked if last)
+            if last is not None and last[2] == "retire" and not late:
+                for worker in bench.shared.values():
+                    assert wire(ref(adapter)) not in worker.engine.held
+        await bench.close()
+
+    simulate(main())
+
+
+def _at(flip: tuple[str, float, str]) -> float:
+    return flip[1]
+
+
+def test_a_version_that_all_routers_use_leaves_when_the_last_has_done(folder: Path) -> None:
+    async def main() -> list[float]:
+        bench = Bench(folder, routers=3, workers=2, slots=2)
+        loop = asyncio.get_running_loop()
+        left_at: list[float] = []
+        jobs = [bench.ask(router, "a", 0.1 * router, 5.0 + router) for router in range(3)]
+        asking = [asyncio.create_task(job) for job in jobs]
+        await asyncio.sleep(2)
+        await bench.flip("a", 0.0, "retire")
+        while any(worker.engine.held for worker in bench.shared.values()):
+            assert loop.time() < 60
+            await asyncio.sleep(0.1)
+            if all(task.done() for task in asking) and not left_at:
+                left_at.append(loop.time())
+        left_at.append(loop.time())
+        await asyncio.gather(*asking)
+        await bench.agreed()
+        await bench.close()
+        return left_at
+
+    used_until, left_at = simulate(main())
+    assert left_at - used_until < 3
 
 
 @pytest.mark.parametrize("policy", ["affinity", "cost"])

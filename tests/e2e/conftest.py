@@ -231,6 +231,16 @@ class Stock:
         wait_healthy(self.url, self._log, BOOT_S)
         return self
 
+    def names(self) -> list[str]:
+        """What it lists."""
+        _, _, listing = fetch(f"{self.url}/v1/models", None, {})
+        return [card["id"] for card in listing["data"]]
+
+    def unload(self, name: str) -> int:
+        """Unload an adapter by hand; the status."""
+        body = json.dumps({"lora_name": name}).encode()
+        return fetch(f"{self.url}/v1/unload_lora_adapter", body, {})[0]
+
 
 @pytest.fixture(scope="module", params=ENGINES)
 def served(

@@ -4,12 +4,14 @@ Runs after test_serving, whose engine alone is the stock server that is attached
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from adapter_files import write_adapter
 from conftest import ADAPTERS, BOOT_S, CPU, MODEL, Stock, config_for
 from deployment import ROOT, Deployment, alive, deployed, wait_until
 
@@ -60,10 +62,12 @@ def test_a_stock_vllm_server_is_attached(
     tmp_path: Path, stock: Stock, adapter_store: tuple[Path, dict[str, str]]
 ) -> None:
     stock.wait()
-    config = config_for("vllm", None, str(adapter_store[0]))
+    store = shutil.copytree(adapter_store[0], tmp_path / "store")
+    config = config_for("vllm", None, str(store))
     config["llm_configs"][0] |= {"engine": "attached", "attach": [stock.url], "engine_kwargs": {}}
     config["llm_configs"][0]["lora_config"]["accepted_base_models"] = ["tiny"]
-    with deployed(config, tmp_path) as deployment:
+    config["router"] = {"store_refresh_s": 1}
+    with deployed(config, tmp_path / "router") as deployment:
         assert "attached to the stock vLLM server" in deployment.log
         answers = {}
         for model in (MODEL, *(f"{MODEL}:{name}" for name in ADAPTERS)):
@@ -71,6 +75,8 @@ def test_a_stock_vllm_server_is_attached(
             assert status == 200, answer
             answers[model] = answer["choices"][0]["message"]["content"]
             assert headers["x-adapter"] == ("none" if model == MODEL else "cold")
+            assert answer["model"].partition("@")[0] == model
+            assert ("@" in answer["model"]) == (model != MODEL), "by its version's own name"
         assert len(set(answers.values())) == len(answers)
         assert deployment.metric("lorayard_adapter_evictions_total") == len(ADAPTERS) - 2
         again = f"{MODEL}:{ADAPTERS[-1]}"
@@ -78,6 +84,29 @@ def test_a_stock_vllm_server_is_attached(
         assert headers["x-adapter"] == "hit"
         assert answer["choices"][0]["message"]["content"] == answers[again]
         wait_until(lambda: deployment.metric("lorayard_worker_running") == 0, "its metrics", 5)
+        hers = [f"{MODEL}:{name}" for name in ADAPTERS]
+        assert set(hers) <= set(stock.names()), "what was loaded without us is as it was"
+
+        # Somebody takes it away by hand, and it is noticed before anybody asks for it.
+        [versioned] = [name for name in stock.names() if name.startswith(f"{again}@")]
+        assert stock.unload(versioned) == 200
+        held = {"adapter": ADAPTERS[-1], "phase": "resident"}
+        wait_until(lambda: not deployment.metric("lorayard_worker_adapter", **held), "noticed", 10)
+        _, headers, answer = deployment.post("/v1/chat/completions", chat_body(again))
+        assert headers["x-adapter"] == "cold"
+        assert answer["choices"][0]["message"]["content"] == answers[again]
+
+        # A new version has other words at once, and the old one is beside it until it is evicted.
+        write_adapter(store / ADAPTERS[-1], seed=99)
+
+        def changed() -> bool:
+            _, _, answer = deployment.post("/v1/chat/completions", chat_body(again))
+            return bool(answer["model"] != versioned)
+
+        wait_until(changed, "the new version", 20)
+        _, _, answer = deployment.post("/v1/chat/completions", chat_body(again))
+        assert answer["choices"][0]["message"]["content"] != answers[again]
+        assert {versioned, answer["model"]} <= set(stock.names())
 
 
 def chat_body(model: str, text: str = "Hi", tokens: int = 12) -> dict[str, Any]:

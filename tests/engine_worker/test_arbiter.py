@@ -142,6 +142,27 @@ STEPS = st.lists(
 )
 
 
+def check(
+    made: Arbiter,
+    slots: int,
+    limit: int,
+    running: list[tuple[str, AdapterId]],
+    unloading: list[AdapterId],
+    *,
+    loads: bool,
+) -> None:
+    leaving = [one for one in made.leaving if one not in unloading]
+    assert len(made.held) + len(made.coming) - len(leaving) <= slots
+    assert not any(made.holds(one) for one in unloading)
+    assert not limit or len(running) <= limit
+    assert made.occupancy().ongoing == len(running)
+    users = Counter(router for router, _ in running)
+    for one in ("one", "other", "third"):
+        assert made.others(one) == len(running) - users[one]
+    for _, used in running:
+        assert used in made.held or used in made.coming or loads or used not in leaving
+
+
 @given(STEPS, st.integers(1, 3), st.integers(0, 4))
 def test_no_order_of_steps_breaks_a_bound(
     steps: list[tuple[str, str, AdapterId, tuple[AdapterId, ...], bool]], slots: int, limit: int
@@ -180,13 +201,4 @@ def test_no_order_of_steps_breaks_a_bound(
                 clock.now += CLAIM_S / 2
         except RefusedError:
             pass
-        leaving = [one for one in made.leaving if one not in unloading]
-        assert len(made.held) + len(made.coming) - len(leaving) <= slots
-        assert not any(made.holds(one) for one in unloading)
-        assert not limit or len(running) <= limit
-        assert made.occupancy().ongoing == len(running)
-        users = Counter(router for router, _ in running)
-        for one in ("one", "other", "third"):
-            assert made.others(one) == len(running) - users[one]
-        for _, used in running:
-            assert used in made.held or used in made.coming or loading or used not in leaving
+        check(made, slots, limit, running, unloading, loads=bool(loading))

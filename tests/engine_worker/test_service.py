@@ -332,7 +332,8 @@ async def test_an_unload_that_fails_leaves_it_held_and_in_use(adapter: Path) -> 
     bench.engine.fail = False
     for _ in range(2):  # idempotent
         await unload_for(bench, "r0", "base:a")
-    assert bench.feed.state.gpu == ()
+    assert not bench.engine.held
+    assert not msgspec.json.decode(bench.service.state(), type=State).gpu
 
 
 async def test_an_unload_waits_for_the_load_that_evicts_the_same(adapter: Path) -> None:
@@ -350,3 +351,26 @@ async def test_an_unload_waits_for_the_load_that_evicts_the_same(adapter: Path) 
     await loading
     await unloading
     assert list(bench.engine.held) == [AdapterId("base:b", "1")]
+
+
+async def test_an_unload_waits_for_what_its_router_has_given_up_and_not_for_ever(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench()
+    await load_for(bench, "r0", "base:a", adapter)
+    async with bench.service.admitted(headers("r0", "base:a")):
+        unloading = asyncio.create_task(unload_for(bench, "r0", "base:a"))
+        while not bench.service._arbiter.leaving:
+            await asyncio.sleep(0)
+        assert not bench.engine.removing
+    await unloading
+    assert not bench.engine.held
+    await load_for(bench, "r0", "base:a", adapter)
+    monkeypatch.setattr("engine_worker.service.LEFTOVER_S", 0.01)
+    async with bench.service.admitted(headers("r0", "base:a")):
+        with pytest.raises(WorkerError, match="still in use") as error:
+            await unload_for(bench, "r0", "base:a")
+        assert error.value.status == 409
+        async with bench.service.admitted(headers("r1", "base:a")):
+            pass  # it takes requests again
+    assert list(bench.engine.held) == [AdapterId("base:a", "1")]

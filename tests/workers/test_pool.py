@@ -1,4 +1,4 @@
-"""The pool over engine workers, in this process and over real HTTP: what is unloaded, by whom, and drains."""
+"""The pool over engine workers, here and over real HTTP: what is unloaded, by whom, and drains."""
 
 import asyncio
 from collections.abc import AsyncIterator

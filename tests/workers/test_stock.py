@@ -153,18 +153,18 @@ async def test_a_name_that_leads_to_another_folder_is_not_what_it_says(
 async def test_what_another_router_has_loaded_from_the_same_folder_is_loaded(
     tmp_path: Path, store: Path
 ) -> None:
-    async with stock_server(MODEL) as server, asyncio.TaskGroup() as tasks:
-        async with (
-            attached(tmp_path / "cache", store, [server.url]) as one,
-            attached(tmp_path / "cache", store, [server.url]) as other,
-        ):
-            a = await adapter_of(one, "a")
-            server.may_load.clear()
-            both = [tasks.create_task(use(service, a)) for service in (one, other)]
-            await until(lambda: len(server.calls) == 2, "both load it")
-            server.may_load.set()
-            await asyncio.gather(*both)
-            assert [what for what, _ in server.calls] == ["load", "load"]
+    async with (
+        stock_server(MODEL) as server,
+        attached(tmp_path / "cache", store, [server.url]) as one,
+        attached(tmp_path / "cache", store, [server.url]) as other,
+    ):
+        a = await adapter_of(one, "a")
+        server.may_load.clear()
+        both = asyncio.gather(*(use(service, a) for service in (one, other)))
+        await until(lambda: len(server.calls) == 2, "both load it")
+        server.may_load.set()
+        await both
+        assert [what for what, _ in server.calls] == ["load", "load"]
 
 
 WHEN = [
@@ -234,7 +234,7 @@ async def test_a_drain_outlives_a_restart(tmp_path: Path, store: Path) -> None:
         await made.polls()
         made.server.restart()
         await until(lambda: made.router.fleet.get(worker_id) not in {before, None}, "it is anew")
-        assert not made.service.ready
+        assert made.router.fleet.ready == []
         assert pool.draining == (worker_id,)
         assert pool.undrain(worker_id)
         assert made.service.ready
