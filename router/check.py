@@ -72,7 +72,7 @@ def _check_adapters(llm: LLMConfig, path: str, console: Console) -> int:
     refused = 0
     for adapter in listed.values():
         try:
-            check_listing(adapter)
+            check_listing(adapter, rules)
             with tempfile.TemporaryDirectory(prefix="lorayard-check-") as folder:
                 store.fetch(adapter, Path(folder), lambda: False)
                 facts = check_files(adapter.name, Path(folder), rules)
@@ -81,7 +81,8 @@ def _check_adapters(llm: LLMConfig, path: str, console: Console) -> int:
             console.print(f"  refused: {error}", style="red", highlight=False, markup=False)
         else:
             console.print(
-                f"  {llm.model_id}:{adapter.name}  rank {facts.rank}, {facts.bytes / 1e6:.1f} MB, "
+                f"  {llm.model_id}:{adapter.name}  rank {facts.rank}, {facts.dtype}, "
+                f"{facts.bytes / 1e6:.1f} MB, "
                 f"{', '.join(facts.target_modules)}",
                 highlight=False,
             )

@@ -58,7 +58,8 @@ class LoraConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Where adapters are and how many one worker holds.
 
     `accepted_base_models` names further values of `base_model_name_or_path` that adapters may carry;
-    `eviction` says which idle adapter leaves for another, and `pinned_adapters` never do.
+    `eviction` says which idle adapter leaves for another, and `pinned_adapters` never do. One whose
+    weights have more than `max_adapter_mib` is refused.
     """
 
     dynamic_lora_loading_path: str
@@ -68,6 +69,7 @@ class LoraConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     accepted_base_models: tuple[str, ...] = ()
     eviction: Eviction = Eviction.LRU
     pinned_adapters: tuple[str, ...] = ()
+    max_adapter_mib: Positive = 2048
 
 
 class AutoscalingConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
