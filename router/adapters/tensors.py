@@ -125,7 +125,7 @@ def _check_shapes(module: str, first: Named, second: Named, ranks: frozenset[int
     for name, tensor in (first, second):
         if len(tensor.shape) != MATRIX or min(tensor.shape) < 1:
             raise InvalidAdapterError(
-                f"tensor {shown(name)} has shape {shown(list(tensor.shape))}; it must be a matrix"
+                f"tensor {shown(name)} has shape {list(tensor.shape)}; it must be a matrix"
             )
     for (name, tensor), at in ((first, 0), (second, 1)):
         rank = tensor.shape[at]
