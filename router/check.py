@@ -80,7 +80,7 @@ def _check_adapters(
             adapter = store.find(name)
             if adapter is None:  # it left since it was listed
                 continue
-            check_listing(adapter)
+            check_listing(adapter, rules)
             with tempfile.TemporaryDirectory(prefix="lorayard-check-") as above:
                 folder = Path(above) / name
                 reserve(adapter, folder)
@@ -92,7 +92,7 @@ def _check_adapters(
             console.print(f"  refused: {error}", style="red", highlight=False, markup=False)
         else:
             console.print(
-                f"  {llm.model_id}:{name}  rank {facts.rank}, {facts.bytes / 1e6:.1f} MB, "
+                f"  {llm.model_id}:{name}  rank {facts.rank}, {facts.dtype}, {facts.bytes / 1e6:.1f} MB, "
                 f"{', '.join(facts.target_modules)}",
                 highlight=False,
             )

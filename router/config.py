@@ -68,7 +68,8 @@ class LoraConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     the start, as `preload_adapters` are.
     `rollout_weight` is the share of requests that a new version of an adapter gets when it is ready: 1
     and it serves all, 0 and it waits for its promotion. One that serves and fails more often than all
-    else is rolled back within its first `rollback_window_s`.
+    else is rolled back within its first `rollback_window_s`. One whose weights
+    have more than `max_adapter_mib` is refused.
     """
 
     dynamic_lora_loading_path: str
@@ -81,6 +82,7 @@ class LoraConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     preload_adapters: tuple[str, ...] = ()
     rollout_weight: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
     rollback_window_s: Seconds = 600.0
+    max_adapter_mib: Positive = 2048
 
 
 class AutoscalingConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -187,10 +189,11 @@ class RouterConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     to the first token that is of use: what would miss it is turned away, so that the others do not.
     `tenants` are named by the header `x-tenant`; a name that is not listed is none. `explain_sample` is
     the share of decisions that are logged with their reasons. `download_connections` is how many parts
-    of adapters are downloaded at once, and `download_mib_per_s` how fast all together (None: no limit). `cache_max_gib` is what adapters may take on disk, all base models together (None: no
-    bound); the least recently used go. Requests need a key if `api_keys_file` names a file of keys (see
-    keys.py), which is read again when it changes, or the environment variable that `api_keys_env` names
-    holds some, separated by commas; those may do everything.
+    of adapters are downloaded at once, and `download_mib_per_s` how fast all together (None: no limit).
+    `cache_max_gib` is what adapters may take on disk, all base models together (None: no bound); the
+    least recently used go. Requests need a key if `api_keys_file` names a file of keys (see keys.py),
+    which is read again when it changes, or the environment variable that `api_keys_env` names holds
+    some, separated by commas; those may do everything.
     """
 
     host: str = "127.0.0.1"

@@ -176,6 +176,7 @@ BAD = [
         HEAD + LORA + "      pinned_adapters: [a, b, c, d, a]\n",
         "c.yaml:7: 4 pinned_adapters leave none of the 4 slots for others; pin at most 3, or raise",
     ),
+    (HEAD + LORA + "      max_adapter_mib: 0\n", "c.yaml:7: max_adapter_mib: Expected `int` >= 1"),
     (HEAD + LORA + "      eviction: mru\n", "c.yaml:7: eviction: `mru` is not one of lru, gdsf"),
     (
         HEAD + "router: {api_keys_file: ''}\n",

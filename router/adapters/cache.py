@@ -166,7 +166,7 @@ class AdapterCache:
     async def _fetch(self, adapter: StoredAdapter, place: Path) -> Path:
         deadline = Deadline(self._timeout_s)
         try:
-            check_listing(adapter)
+            check_listing(adapter, self._rules)
             async with asyncio.timeout(self._timeout_s):
                 facts = await to_thread.run_sync(
                     self._fetch_alone,

@@ -31,7 +31,7 @@ class Sources:
         self._places: dict[str, _Place] = {}
 
     def register(self, places: Mapping[str, str]) -> None:
-        """Take in where adapters are; an empty place is none. Raises `StoreError`, having done nothing."""
+        """Take in where adapters are; an empty place is none. Raises `StoreError` before it does."""
         found = {name: _place(place) if place else None for name, place in places.items()}
         for name, place in found.items():
             if place is None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from adapter_files import config, safetensors, weights, write_adapter
 
+from router.adapters.base_model import BaseModel
 from router.adapters.store import StoredAdapter, StoredFile
 from router.adapters.validate import (
     AdapterRules,
@@ -18,7 +19,7 @@ from router.adapters.validate import (
 from router.config import parse
 
 MODULES = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "embed_tokens"})
-RULES = AdapterRules(("org/tiny", "tiny"), rank_max=16, modules=MODULES)
+RULES = AdapterRules(("org/tiny", "tiny"), rank_max=16, base=BaseModel(MODULES))
 
 CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"peft_type": "IA3"}, "peft_type is 'IA3'; only LORA is served"),
@@ -91,7 +92,7 @@ def test_a_sound_adapter_passes_and_its_facts_are_told(tmp_path: Path) -> None:
     [
         (
             ["adapter_config.json", "adapter_model.bin"],
-            "adapter_model.bin is a pickle, which can run",
+            "'adapter_model.bin' is a pickle, which can run",
         ),
         (["adapter_config.json"], "adapter_model.safetensors is missing"),
     ],
@@ -121,6 +122,6 @@ def test_the_rules_follow_from_the_configuration_and_the_model_folder(tmp_path: 
     [llm] = parse(text, name="c", folder=tmp_path).llm_configs
     rules = adapter_rules(llm)
     assert rules.rank_max == 64
-    assert rules.modules == frozenset({"q_proj"})
+    assert rules.base.modules == frozenset({"q_proj"})
     assert set(rules.base_names) >= {str(model), "served", "org/Original", "org/cousin"}
     assert config()["base_model_name_or_path"] == "tiny"

@@ -1,5 +1,7 @@
 """The quotas' buckets: what a minute holds, several accounts at once, limits that change."""
 
+from typing import Any
+
 import pytest
 from harness import Cluster, simulate
 from hypothesis import given
@@ -140,7 +142,7 @@ def test_a_job_is_charged_to_its_tenant_and_to_its_other_accounts() -> None:
             }
         )
         loop = cluster.router.loop
-        job = {"tenant": "team", "prompt_tokens": 300, "max_output_tokens": 100}
+        job: dict[str, Any] = {"tenant": "team", "prompt_tokens": 300, "max_output_tokens": 100}
         async with cluster.router.lease(cluster.job(accounts=("key:a",), **job)) as lease:
             lease.answered(100)
         await cluster.use(None, accounts=("key:a",), **job)
