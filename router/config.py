@@ -12,6 +12,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 import yaml
 
+from router.adapters.store import is_name
 from router.core.policies import POLICIES
 from router.core.quotas import Quota
 from router.core.residency import Eviction
@@ -44,7 +45,8 @@ class LoraConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Where adapters are and how many one worker holds.
 
     `accepted_base_models` names further values of `base_model_name_or_path` that adapters may carry;
-    `eviction` says which idle adapter leaves for another, and `pinned_adapters` never do.
+    `eviction` says which idle adapter leaves for another, and `pinned_adapters` never do; they are loaded
+    at the start, and so are `preload_adapters`.
     `rollout_weight` is the share of requests that a new version of an adapter gets when it is ready: 1
     and it serves all, 0 and it waits for its promotion. One that serves and fails more often than all
     else is rolled back within its first `rollback_window_s`.
@@ -57,6 +59,7 @@ class LoraConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     accepted_base_models: tuple[str, ...] = ()
     eviction: Eviction = Eviction.LRU
     pinned_adapters: tuple[str, ...] = ()
+    preload_adapters: tuple[str, ...] = ()
     rollout_weight: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
     rollback_window_s: Seconds = 600.0
 
@@ -167,7 +170,8 @@ class RouterConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     `x-tenant`; a name that is not listed is none. `explain_sample` is the share of decisions that are
     logged with their reasons.
     Requests need a key if the environment variable that `api_keys_env` names holds some, separated
-    by commas.
+    by commas. Administration, `/admin/v1`, is there if the one that `admin_key_env` names holds a key
+    of its own.
     """
 
     host: str = "127.0.0.1"
@@ -191,6 +195,7 @@ class RouterConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     cache_dir: str | None = None
     log_dir: str | None = None
     api_keys_env: str = "LORAYARD_API_KEYS"
+    admin_key_env: str = "LORAYARD_ADMIN_KEY"
     seed: int | None = None
     record: RecordConfig | None = None
 
@@ -431,6 +436,7 @@ def _check_engine(llm: LLMConfig, path: str, lines: _Lines) -> None:
             f"at most {slots - 1}, or raise max_num_adapters_per_replica",
             f"{path}.lora_config.pinned_adapters",
         )
+    _check_preloaded(llm, llm.lora_config, path, lines)
     store = llm.lora_config.dynamic_lora_loading_path
     where = f"{path}.lora_config.dynamic_lora_loading_path"
     scheme = re.match(r"^([A-Za-z0-9]+):/", store)
@@ -440,6 +446,26 @@ def _check_engine(llm: LLMConfig, path: str, lines: _Lines) -> None:
         )
     if not store or (scheme and not re.match(r"^s3://[a-z0-9][a-z0-9.-]+(/.*)?$", store)):
         raise lines.error(f"`{store}` names no store; write s3://BUCKET/PREFIX or a folder", where)
+
+
+def _check_preloaded(llm: LLMConfig, lora: LoraConfig, path: str, lines: _Lines) -> None:
+    for field in ("pinned_adapters", "preload_adapters"):
+        for index, name in enumerate(getattr(lora, field)):
+            if not is_name(name):
+                raise lines.error(
+                    f"`{name}` can be no adapter's name; write it without its base model, in letters, "
+                    "digits, and . _ -",
+                    f"{path}.lora_config.{field}[{index}]",
+                )
+    # More would drive each other out again, one load after the other.
+    wanted = len({*lora.pinned_adapters, *lora.preload_adapters})
+    room = llm.slots * llm.replicas
+    if wanted > room and lora.preload_adapters:
+        raise lines.error(
+            f"{wanted} adapters are to be pinned or preloaded, but all workers have {room} slots; "
+            "name fewer, or raise max_num_adapters_per_replica or min_replicas",
+            f"{path}.lora_config.preload_adapters",
+        )
 
 
 def _check_router(config: Config, lines: _Lines) -> None:

@@ -14,6 +14,7 @@ from typing import Final
 import prometheus_client
 
 from router.config import Config
+from router.frontend.admin_key import AdminKey
 from router.frontend.auth import Keys
 from router.frontend.models import Models
 from router.frontend.service import Frontend
@@ -31,7 +32,8 @@ GC_THRESHOLD: Final = 50_000
 async def serve(config: Config, part: Part | None = None) -> None:
     """Serve until SIGTERM or SIGINT, alone or as `part` of several processes.
 
-    Raises `OSError` where the port cannot be had, `RecordError` where the recording's file cannot,
+    Raises `OSError` where the port cannot be had, `ConfigError` where a key is a client's and an
+    operator's, `RecordError` where the recording's file cannot be had,
     `StoreError` where a store cannot be read, and `WorkerStartError` where a worker does not come up.
     """
     stop, hurry = listen_for_signals()
@@ -41,12 +43,13 @@ async def serve(config: Config, part: Part | None = None) -> None:
     metrics = Metrics()
     models: list[ModelService] = []
     keys = Keys.from_environment(settings.api_keys_env)
+    admin_key = AdminKey.from_environment(settings)
     recorder: Recorder | None = None
     try:
         if settings.record is not None:
             recorder = Recorder.open(settings.record, metrics)
         models += _services(config, metrics)
-        frontend = Frontend(Models(models), settings, metrics, keys, recorder)
+        frontend = Frontend(Models(models), settings, metrics, keys, recorder, admin_key)
         try:
             if part is not None:
                 await part.share(metrics)
