@@ -38,12 +38,12 @@ async def serve(config: Config, part: Part | None = None) -> None:
     """
     stop, hurry = listen_for_signals()
     settings = config.router
+    admin_key = AdminKey.from_environment(settings)
     listener = bound(settings.host, settings.port, shared=part is not None)
     prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
     metrics = Metrics()
     models: list[ModelService] = []
     keys = Keys.from_environment(settings.api_keys_env)
-    admin_key = AdminKey.from_environment(settings)
     recorder: Recorder | None = None
     try:
         if settings.record is not None:

@@ -222,6 +222,8 @@ def _invalid(error: msgspec.ValidationError, takes: type[msgspec.Struct] | None 
     field = where.strip("`").removeprefix("$").removeprefix(".")
     if takes is not None and not field and takes.__struct_fields__:
         what = f"{what}; known here: {', '.join(takes.__struct_fields__)}"
+    if takes is None and not field and what.startswith("Expected `object`"):
+        what = "The body must be a JSON object"
     message = f"`{field}`: {what}." if field else f"{what}."
     return ApiError(400, message, param=field or None, code="invalid_value")
 
