@@ -1,4 +1,7 @@
-"""`python -m router serve CONFIG.yaml` and `python -m router check CONFIG.yaml`."""
+"""`python -m router serve CONFIG.yaml`, `check CONFIG.yaml` and `adapters ACTION`.
+
+What one command needs is imported when it runs: an operator's does not wait for what serving needs.
+"""
 
 import argparse
 import logging
@@ -9,15 +12,8 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-from router.adapters.store import StoreError
-from router.adapters.validate import InvalidAdapterError
-from router.check import CheckError, check
+from router.administer import add_adapters_command, administer
 from router.config import Config, ConfigError, RecordConfig, load
-from router.part import run
-from router.serve import serve
-from router.supervisor import PartStartError, supervise
-from router.telemetry.record_file import RecordError
-from router.workers.process import WorkerStartError
 
 PORT_MAX = 65535
 PROCESSES_MAX = 64
@@ -63,17 +59,26 @@ def parser() -> argparse.ArgumentParser:
         description="Check a configuration: the file, the model folder, the store, each adapter.",
     )
     checker.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file; see configs/")
+    add_adapters_command(commands)
     return top
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     arguments = parser().parse_args(argv)
+    if arguments.command == "adapters":
+        return administer(arguments)
 
     def work() -> int | None:
         config = load(arguments.config)
         if arguments.command == "check":
+            from router.check import check  # noqa: PLC0415
+
             return check(config, Console(soft_wrap=True))
+        from router.part import run  # noqa: PLC0415
+        from router.serve import serve  # noqa: PLC0415
+        from router.supervisor import supervise  # noqa: PLC0415
+
         config = _overridden(config, arguments)
         several = config.router.processes > 1
         set_up_logging(arguments.log_level, "--" if several else "")
@@ -85,6 +90,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def guarded(work: Callable[[], int | None]) -> int:
     """Do it; the exit status, having said what went wrong."""
+    from router.adapters.store import StoreError  # noqa: PLC0415
+    from router.adapters.validate import InvalidAdapterError  # noqa: PLC0415
+    from router.check import CheckError  # noqa: PLC0415
+    from router.supervisor import PartStartError  # noqa: PLC0415
+    from router.telemetry.record_file import RecordError  # noqa: PLC0415
+    from router.workers.process import WorkerStartError  # noqa: PLC0415
+
     errors = Console(stderr=True, soft_wrap=True)
     try:
         return work() or 0

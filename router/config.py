@@ -45,8 +45,8 @@ class LoraConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Where adapters are and how many one worker holds.
 
     `accepted_base_models` names further values of `base_model_name_or_path` that adapters may carry;
-    `eviction` says which idle adapter leaves for another, and `pinned_adapters` never do; they are loaded
-    at the start, and so are `preload_adapters`.
+    `eviction` says which idle adapter leaves for another, and `pinned_adapters` never do; they are
+    loaded at the start, and so are `preload_adapters`.
     `rollout_weight` is the share of requests that a new version of an adapter gets when it is ready: 1
     and it serves all, 0 and it waits for its promotion. One that serves and fails more often than all
     else is rolled back within its first `rollback_window_s`.

@@ -1,8 +1,8 @@
 """Administration over HTTP: `/admin/v1`, and vLLM's two routes for adapters.
 
-There is none of it unless a key is set, and an API key is not it. Every operation goes on to its end even if
-who asked for it leaves, since half of a change would be nobody's; so their number is bounded. Each is
-logged with its request's id when it has ended, and what was sent, but for the key.
+There is none of it unless a key is set, and an API key is not it. Every operation goes on to its end
+even if who asked for it leaves, since half of a change would be nobody's; so their number is bounded.
+Each is logged when it has ended: its request's id, and what was sent but for the key.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ Handler = Callable[[web.Request], Awaitable[web.Response]]
 
 
 class Administration:
-    """The routes for operators, over the lifecycles of all base models. To be made in a running loop."""
+    """The routes for operators, over all base models' lifecycles. To be made in a running loop."""
 
     def __init__(self, lifecycles: Sequence[Lifecycle], key: AdminKey) -> None:
         self._fleet = Fleet(lifecycles)
@@ -70,8 +70,10 @@ class Administration:
     def routes(self) -> list[web.RouteDef]:
         """All of them, for an aiohttp application whose middleware turns `ApiError` into answers."""
         made = [web.get(f"{ROOT}/openapi.json", self._show_document)]
-        for route in (*ROUTES, *VLLM_ROUTES):
-            made.append(web.route(route.method, _pattern(route.path), self._handler(route)))
+        made += [
+            web.route(route.method, _pattern(route.path), self._handler(route))
+            for route in (*ROUTES, *VLLM_ROUTES)
+        ]
         return made
 
     async def aclose(self) -> None:
@@ -192,7 +194,7 @@ async def _body(request: web.Request) -> bytes:
 
 
 def _read(decoder: "msgspec.json.Decoder[Any]", data: bytes) -> msgspec.Struct:
-    """What the body says; no body says nothing. Raises `ApiError` 400 that says what to send instead."""
+    """What the body says; none says nothing. Raises `ApiError` 400 that says what to send instead."""
     try:
         taken: msgspec.Struct = decoder.decode(data.strip() or b"{}")
     except msgspec.ValidationError as error:

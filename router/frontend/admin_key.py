@@ -1,4 +1,4 @@
-"""The operators' key: another one than clients have, and without it there is no administration at all."""
+"""The operators' key: another one than clients have, and without it there is no administration."""
 
 import hashlib
 import hmac
@@ -9,7 +9,7 @@ from router.config import ConfigError, RouterConfig
 
 
 class AdminKey:
-    """The accepted keys, kept as hashes and compared in constant time; more than one while it is changed."""
+    """The accepted keys, kept as hashes and compared in constant time; several while one is changed."""
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = [_digest(key) for key in keys]

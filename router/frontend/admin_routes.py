@@ -1,8 +1,8 @@
 """What operators may ask for, as one table: the routes are made of it, and so is the OpenAPI document.
 
-A path is written as OpenAPI writes it. What a route takes is one struct, of the body of a POST and of the
-query of a GET; what it answers is another. An adapter is named `base:name`, and so the base model that
-it is of.
+A path is written as OpenAPI writes it. What a route takes is one struct, of the body of a POST and of
+the query of a GET; what it answers is another. An adapter is named `base:name`, and so the base model
+that it is of.
 """
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -195,7 +195,9 @@ async def _rollback(fleet: Fleet, adapter_id: str, _: Nothing) -> Change:
 
 async def _workers(fleet: Fleet, _: str, which: WhichWorkers) -> WorkerList:
     return WorkerList(
-        tuple(ModelWorkers(one.model_id, tuple(one.workers())) for one in fleet.of_model(which.model))
+        tuple(
+            ModelWorkers(one.model_id, tuple(one.workers())) for one in fleet.of_model(which.model)
+        )
     )
 
 

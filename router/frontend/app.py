@@ -59,9 +59,7 @@ def application(
     return app
 
 
-def _admission(
-    keys: Keys, administration: Administration | None
-) -> Callable[[web.Request], None]:
+def _admission(keys: Keys, administration: Administration | None) -> Callable[[web.Request], None]:
     """What raises `ApiError` where a request does not carry the key that its path needs."""
 
     def admit(request: web.Request) -> None:

@@ -26,7 +26,7 @@ OF_READS: Final = frozenset({"409", "413"})
 DESCRIPTION: Final = (
     "For operators of a Lorayard router: the adapters that it serves, where they are, which version a "
     "name means, and its workers. An adapter's id is `base:name`; the slashes of a base model's id may "
-    "be quoted (`%2F`) or not. Each call returns when it is done, in all processes of the router's host."
+    "be quoted (`%2F`) or not. Each call returns when it is done, in all of the router's processes."
 )
 
 

@@ -1,8 +1,8 @@
 """vLLM's two routes for adapters, meaning the whole fleet: what was scripted for one server goes on.
 
-They answer in vLLM's words and statuses. To load brings an adapter to one worker, from where all that ask for
-it spread it; with a `lora_path` that is not the store's, it is served from there from then on. To
-unload forgets that place; an adapter of the store leaves the workers, and can be asked for again.
+They answer in vLLM's words and statuses. To load brings an adapter to one worker, and requests spread it
+to more; with a `lora_path` that is not the store's, it is served from there from then on. To unload
+forgets that place; an adapter of the store leaves the workers, and can be asked for again.
 """
 
 from typing import Any, Final
@@ -25,7 +25,7 @@ STATUS: Final[dict[Problem, tuple[int, str]]] = {
 }
 
 
-class VllmFault(ApiError):
+class VllmError(ApiError):
     """An error in vLLM's shape, whose `code` is the status."""
 
     def body(self) -> bytes:
@@ -41,20 +41,20 @@ class VllmFault(ApiError):
 
 def in_vllm_shape(error: ApiError) -> ApiError:
     """What was wrong with the request, as vLLM would put it."""
-    if isinstance(error, VllmFault):
+    if isinstance(error, VllmError):
         return error
-    return VllmFault(error.status, str(error), kind=INVALID, param=error.param)
+    return VllmError(error.status, str(error), kind=INVALID, param=error.param)
 
 
-def _invalid(message: str) -> VllmFault:
-    return VllmFault(400, message, kind=INVALID)
+def _invalid(message: str) -> VllmError:
+    return VllmError(400, message, kind=INVALID)
 
 
-def fault(error: LifecycleError) -> VllmFault:
+def fault(error: LifecycleError) -> VllmError:
     """An operation could not be done."""
     status, kind = STATUS[error.kind]
     retry_after_s = RETRY_AFTER_S if error.kind == "unavailable" else None
-    return VllmFault(status, str(error), kind=kind, retry_after_s=retry_after_s)
+    return VllmError(status, str(error), kind=kind, retry_after_s=retry_after_s)
 
 
 async def _load(fleet: Fleet, _: str, asked: LoadLoraAdapter) -> str:
@@ -82,7 +82,7 @@ async def _unload(fleet: Fleet, _: str, asked: UnloadLoraAdapter) -> str:
         raise _invalid("'lora_name' needs to be provided to unload a LoRA adapter.")
     lifecycle, name = _named(fleet, asked.lora_name)
     if lifecycle.show(name) is None:
-        raise VllmFault(
+        raise VllmError(
             404,
             f"The lora adapter '{shown(asked.lora_name)}' cannot be found.",
             kind="NotFoundError",

@@ -1,8 +1,8 @@
 """What goes over the wire of `/admin/v1`, beside the words of the lifecycle themselves.
 
-The router writes it, the command line reads it, and the OpenAPI document is made of it: one set of structs,
-so that none can say what another does not. A body with a field that is not known is refused: a misspelt
-field must not be a silent default.
+The router writes it, the command line reads it, and the OpenAPI document is made of it: one set of
+structs, so that none can say what another does not. A body with a field that is not known is refused: a
+misspelt field must not be a silent default.
 """
 
 from typing import Annotated, Final

@@ -136,7 +136,12 @@ REFUSED: list[tuple[str, str, Any, int, str]] = [
 
 @pytest.mark.parametrize(("method", "path", "body", "status", "message"), REFUSED)
 def test_what_cannot_be_done_is_told_in_openais_shape(
-    server: Administered, method: str, path: str, body: Any, status: int, message: str  # noqa: ANN401
+    server: Administered,
+    method: str,
+    path: str,
+    body: Any,
+    status: int,
+    message: str,  # noqa: ANN401
 ) -> None:
     reply = server.ask(method, f"/admin/v1{path}", body)
     assert reply.status == status, reply.body
@@ -223,7 +228,13 @@ def test_the_keys_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     key = AdminKey.from_environment(config)
     assert key is not None
     given = [f"Bearer {one}" for one in ("one", "two", "three", "", "one, two")]
-    assert [key.accepts({"authorization": one}) for one in given] == [True, True, False, False, False]
+    assert [key.accepts({"authorization": one}) for one in given] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
     monkeypatch.setenv("THEIRS", "three,two")
     with pytest.raises(ConfigError, match="a key is both in MINE and in THEIRS"):
         AdminKey.from_environment(config)
@@ -346,7 +357,8 @@ def test_vllms_routes_answer_as_vllm_does(server: Administered) -> None:
          [("unregister", "sql"), ("unload", "sql")]),
         (
             "load", {"lora_name": "mine", "lora_path": "/adapters/mine"}, 200,
-            LOADED.replace("sql", "mine"), [("register", "mine", "/adapters/mine"), ("load", "mine", None)],
+            LOADED.replace("sql", "mine"),
+            [("register", "mine", "/adapters/mine"), ("load", "mine", None)],
         ),
         ("unload", {"lora_name": "mine", "lora_int_id": None}, 200, REMOVED.replace("sql", "mine"),
          [("unregister", "mine")]),
@@ -362,7 +374,8 @@ def test_vllms_routes_answer_as_vllm_does(server: Administered) -> None:
         ("unload", {}, 400,
          "InvalidUserInput: Object missing required field `lora_name`.", []),
         ("load", {"lora_name": "sql", "is_3d_lora_weight": True}, 400,
-         "InvalidUserInput: 'is_3d_lora_weight' is not supported; adapters are two-dimensional here.", []),
+         "InvalidUserInput: 'is_3d_lora_weight' is not supported; adapters are two-dimensional here.",
+         []),
         ("load", {"lora_name": "a:b:c"}, 404,
          "NotFoundError: no base model `a`; served: org/base", []),
     ]  # fmt: skip
@@ -376,7 +389,9 @@ def test_of_several_base_models_vllms_routes_want_the_whole_id() -> None:
     with administered(StandIn("a"), StandIn("b")) as server:
         status, text = vllm(server, "load", lora_name="sql")
         assert status == 400
-        assert text.endswith("Several base models are served: 'lora_name' must be 'a:sql' or 'b:sql'.")
+        assert text.endswith(
+            "Several base models are served: 'lora_name' must be 'a:sql' or 'b:sql'."
+        )
         assert vllm(server, "load", lora_name="b:sql")[0] == 200
         assert [one.log for one in server.lifecycles] == [[], [("load", "sql", None)]]
 
@@ -396,7 +411,9 @@ segments = st.text(
 paths = st.lists(segments, max_size=5).map(lambda parts: quote("/".join(parts), safe="/%:?&="))
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 fields = st.sampled_from(
@@ -416,7 +433,8 @@ def test_nothing_that_is_sent_is_a_fault_of_the_router() -> None:
             root=st.sampled_from(
                 ["/admin/v1/", f"/admin/v1{SQL}/", "/admin/v1/workers/org/base-0/", "/v1/"]
             ),
-            path=paths | st.sampled_from(["load", "rollout", "promote", "drain", "load_lora_adapter"]),
+            path=paths
+            | st.sampled_from(["load", "rollout", "promote", "drain", "load_lora_adapter"]),
             body=bodies,
         )
         def send(method: str, root: str, path: str, body: bytes) -> None:

@@ -86,7 +86,9 @@ class StandIn:
             raise self.fails
         status = self.adapters.get(what[1])
         if status is None:
-            raise LifecycleError("unknown", f"no adapter {self.model_id}:{what[1]}; `list` shows them")
+            raise LifecycleError(
+                "unknown", f"no adapter {self.model_id}:{what[1]}; `list` shows them"
+            )
         return status
 
     def _becomes(self, status: AdapterStatus, message: str, **changes: Any) -> Change:  # noqa: ANN401
@@ -157,9 +159,7 @@ class StandIn:
         return Change(status.id, "no longer served")
 
     def workers(self) -> Sequence[WorkerStatus]:
-        ids = tuple(
-            status.id for status in self.adapters.values() if status.tier == "gpu"
-        )
+        ids = tuple(status.id for status in self.adapters.values() if status.tier == "gpu")
         return [
             WorkerStatus(worker, not draining, draining, 3, 64, 16, ids)
             for worker, draining in self.draining.items()
