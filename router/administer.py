@@ -101,7 +101,9 @@ def add_adapters_command(
     _takes_adapter(shower)
     loader = action("load", "bring it to a worker, and return when it is there", _load)
     _takes_adapter(loader)
-    loader.add_argument("--workers", type=_count, metavar="N", help="to so many (default: 1)")
+    loader.add_argument(
+        "--workers", type=_count, default=1, metavar="N", help="to so many (default: 1)"
+    )
     for name, help_ in PLAIN.items():
         _takes_adapter(action(name, help_, _plain))
     refresher = action("refresh", "look into the store now, and follow what is new", _refresh)

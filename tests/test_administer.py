@@ -95,7 +95,8 @@ def test_adapters_and_workers_are_shown_in_tables(server: Administered) -> None:
     server.post("/adapters/org/base:sql/load", {"workers": 1})
     listed = command(server.url, "list").stdout.splitlines()
     assert listed[0].split() == [
-        "adapter", "tier", "workers", "version", "rank", "size", "requests", "hits", "loads", "last", "use",
+        "adapter", "tier", "workers", "version", "rank", "size", "requests", "hits", "loads", "last",
+        "use",
     ]  # fmt: skip
     assert re.split(r"\s{2,}", listed[1].strip()) == [
         "org/base:sql", "gpu", "org/base-0", SERVING, "16", "8.4 MB", "0", "0", "0", "-",

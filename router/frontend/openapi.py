@@ -32,10 +32,10 @@ DESCRIPTION: Final = (
 
 def document(routes: Sequence[Route[Any]]) -> bytes:
     """The document, as JSON."""
-    structs = [Error, VllmError]
-    structs += [route.answers for route in routes if route.answers is not str]
-    structs += [route.takes for route in routes]
-    _, components = msgspec.json.schema_components(dict.fromkeys(structs), ref_template=REF)
+    structs: dict[type, None] = {Error: None, VllmError: None}
+    structs |= {route.answers: None for route in routes if route.answers is not str}
+    structs |= {route.takes: None for route in routes}
+    _, components = msgspec.json.schema_components(structs, ref_template=REF)
     schemas = {name: _tidy(schema) for name, schema in components.items()}
     paths: dict[str, dict[str, Any]] = {
         f"{ROOT}/openapi.json": {"get": _own_operation()},

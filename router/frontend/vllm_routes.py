@@ -1,7 +1,7 @@
 """vLLM's two routes for adapters, meaning the whole fleet: what was scripted for one server goes on.
 
-They answer in vLLM's words and statuses. To load brings an adapter to one worker, and requests spread it
-to more; with a `lora_path` that is not the store's, it is served from there from then on. To unload
+They answer in vLLM's words and statuses. To load brings an adapter to one worker, and requests spread
+it to more; with a `lora_path` that is not the store's, it is served from there from then on. To unload
 forgets that place; an adapter of the store leaves the workers, and can be asked for again.
 """
 

@@ -28,9 +28,9 @@ class Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """To how many workers; 1 unless given."""
+    """To how many workers."""
 
-    workers: Annotated[int, msgspec.Meta(ge=1, le=WORKERS_MAX)] | None = None
+    workers: Annotated[int, msgspec.Meta(ge=1, le=WORKERS_MAX)] = 1
 
 
 class Rollout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

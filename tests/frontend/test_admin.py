@@ -31,8 +31,8 @@ def server() -> Iterator[Administered]:
 # What operators do.
 
 OPERATIONS: list[tuple[str, dict[str, Any] | None, tuple[Any, ...]]] = [
-    (f"{SQL}/load", None, ("load", "sql", None)),
-    (f"{SQL}/load", {}, ("load", "sql", None)),
+    (f"{SQL}/load", None, ("load", "sql", 1)),
+    (f"{SQL}/load", {}, ("load", "sql", 1)),
     (f"{SQL}/load", {"workers": 2}, ("load", "sql", 2)),
     (f"{SQL}/unload", None, ("unload", "sql")),
     (f"{SQL}/warm", None, ("warm", "sql")),
@@ -139,9 +139,9 @@ def test_what_cannot_be_done_is_told_in_openais_shape(
     server: Administered,
     method: str,
     path: str,
-    body: Any,
+    body: Any,  # noqa: ANN401
     status: int,
-    message: str,  # noqa: ANN401
+    message: str,
 ) -> None:
     reply = server.ask(method, f"/admin/v1{path}", body)
     assert reply.status == status, reply.body
@@ -255,7 +255,7 @@ def test_every_change_is_logged_with_its_request_and_never_the_key(
     lines = [record.getMessage() for record in caplog.records if record.name == "lorayard.admin"]
     assert [line.partition(", in ")[0] for line in lines] == [
         'r-1: load_adapter org/base:sql {"workers":2} by 127.0.0.1: done',
-        'r-1: load_adapter org/base:a\\n\\x1b[2Jb {"workers":null} by 127.0.0.1: 404, no adapter '
+        'r-1: load_adapter org/base:a\\n\\x1b[2Jb {"workers":1} by 127.0.0.1: 404, no adapter '
         "org/base:a\\n\\x1b[2Jb; `list` shows them",
         'r-1: vllm_load_lora_adapter  {"lora_name":"new","lora_path":"https://host/sql?...",'
         '"load_inplace":false,"is_3d_lora_weight":false} by 127.0.0.1: done',

@@ -136,7 +136,9 @@ class StandIn:
 
     async def promote(self, name: str, version: str | None = None) -> Change:
         status = await self._begin("promote", name, version)
-        chosen = version or next((one.version for one in status.versions if one.weight < 1), None)
+        chosen = version or next(
+            (one.version for one in status.versions if one.state is VersionState.CANDIDATE), None
+        )
         if chosen is None:
             raise LifecycleError("conflict", f"{status.id} has no candidate")
         return self._becomes(status, f"{chosen} serves all", version=chosen, versions=())
@@ -239,7 +241,9 @@ class Administered:
             client_max_size=2 * BODY_MAX_BYTES,
         )
         app.add_routes(administration.routes())
-        runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
+        runner = web.AppRunner(
+            app, handler_cancellation=True, access_log=None, max_line_size=2 * BODY_MAX_BYTES
+        )
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
