@@ -1,4 +1,7 @@
-"""`python -m router serve CONFIG.yaml`, `check CONFIG.yaml` and `key NAME`."""
+"""`python -m router serve CONFIG.yaml`, `check CONFIG.yaml`, `adapters ACTION` and `key NAME`.
+
+What one command needs is imported when it runs: an operator's does not wait for what serving needs.
+"""
 
 import argparse
 import logging
@@ -9,16 +12,9 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-from router.adapters.store import StoreError
-from router.adapters.validate import InvalidAdapterError
-from router.check import CheckError, check
+from router.administer import add_adapters_command, administer
 from router.config import Config, ConfigError, RecordConfig, load
 from router.keys import described, is_key_name, new_key
-from router.part import run
-from router.serve import serve
-from router.supervisor import PartStartError, supervise
-from router.telemetry.record_file import RecordError
-from router.workers.process import WorkerStartError
 
 PORT_MAX = 65535
 PROCESSES_MAX = 64
@@ -72,12 +68,15 @@ def parser() -> argparse.ArgumentParser:
     )
     maker.add_argument("name", type=_key_name, metavar="NAME", help="what the router is to call it")
     maker.add_argument("--tenant", help="one of router.tenants, whom its holder is then taken for")
+    add_adapters_command(commands)
     return top
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     arguments = parser().parse_args(argv)
+    if arguments.command == "adapters":
+        return administer(arguments)
 
     def work() -> int | None:
         if arguments.command == "key":
@@ -85,7 +84,13 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         config = load(arguments.config)
         if arguments.command == "check":
+            from router.check import check  # noqa: PLC0415
+
             return check(config, Console(soft_wrap=True))
+        from router.part import run  # noqa: PLC0415
+        from router.serve import serve  # noqa: PLC0415
+        from router.supervisor import supervise  # noqa: PLC0415
+
         config = _overridden(config, arguments)
         several = config.router.processes > 1
         set_up_logging(arguments.log_level, "--" if several else "")
@@ -97,6 +102,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def guarded(work: Callable[[], int | None]) -> int:
     """Do it; the exit status, having said what went wrong."""
+    from router.adapters.store import StoreError  # noqa: PLC0415
+    from router.adapters.validate import InvalidAdapterError  # noqa: PLC0415
+    from router.check import CheckError  # noqa: PLC0415
+    from router.lifecycle.registry import RegistryError  # noqa: PLC0415
+    from router.supervisor import PartStartError  # noqa: PLC0415
+    from router.telemetry.record_file import RecordError  # noqa: PLC0415
+    from router.workers.process import WorkerStartError  # noqa: PLC0415
+
     errors = Console(stderr=True, soft_wrap=True)
     try:
         return work() or 0
@@ -108,6 +121,7 @@ def guarded(work: Callable[[], int | None]) -> int:
         StoreError,
         InvalidAdapterError,
         RecordError,
+        RegistryError,
         WorkerStartError,
     ) as error:
         errors.print(f"error: {error}", style="red", highlight=False, markup=False)

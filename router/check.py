@@ -92,7 +92,8 @@ def _check_adapters(
             console.print(f"  refused: {error}", style="red", highlight=False, markup=False)
         else:
             console.print(
-                f"  {llm.model_id}:{name}  rank {facts.rank}, {facts.dtype}, {facts.bytes / 1e6:.1f} MB, "
+                f"  {llm.model_id}:{name}  rank {facts.rank}, {facts.dtype}, "
+                f"{facts.bytes / 1e6:.1f} MB, "
                 f"{', '.join(facts.target_modules)}",
                 highlight=False,
             )

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 
 from router.adapters.address import problem_with
+from router.adapters.store import is_name
 from router.core.policies import POLICIES
 from router.core.quotas import Quota
 from router.core.residency import Eviction
@@ -193,7 +194,8 @@ class RouterConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     `cache_max_gib` is what adapters may take on disk, all base models together (None: no bound); the
     least recently used go. Requests need a key if `api_keys_file` names a file of keys (see keys.py),
     which is read again when it changes, or the environment variable that `api_keys_env` names holds
-    some, separated by commas; those may do everything.
+    some, separated by commas; those may use everything. Administration, `/admin/v1`, is there if the
+    variable that `admin_key_env` names holds a key of its own.
     """
 
     host: str = "127.0.0.1"
@@ -221,6 +223,7 @@ class RouterConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     log_dir: str | None = None
     api_keys_env: str = "LORAYARD_API_KEYS"
     api_keys_file: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+    admin_key_env: str = "LORAYARD_ADMIN_KEY"
     seed: int | None = None
     record: RecordConfig | None = None
 
@@ -350,10 +353,31 @@ def _check_engine(llm: LLMConfig, path: str, lines: Document) -> None:
             f"at most {slots - 1}, or raise max_num_adapters_per_replica",
             f"{path}.lora_config.pinned_adapters",
         )
+    _check_preloaded(llm, llm.lora_config, path, lines)
     store = llm.lora_config.dynamic_lora_loading_path
     where = f"{path}.lora_config.dynamic_lora_loading_path"
     if problem := problem_with(store):
         raise lines.error(problem, where)
+
+
+def _check_preloaded(llm: LLMConfig, lora: LoraConfig, path: str, lines: Document) -> None:
+    for field in ("pinned_adapters", "preload_adapters"):
+        for index, name in enumerate(getattr(lora, field)):
+            if not is_name(name):
+                raise lines.error(
+                    f"`{name}` can be no adapter's name; write it without its base model, in letters, "
+                    "digits, and . _ -",
+                    f"{path}.lora_config.{field}[{index}]",
+                )
+    # More would drive each other out again, one load after the other.
+    wanted = len({*lora.pinned_adapters, *lora.preload_adapters})
+    room = llm.slots * llm.replicas
+    if wanted > room and lora.preload_adapters:
+        raise lines.error(
+            f"{wanted} adapters are to be pinned or preloaded, but all workers have {room} slots; "
+            "name fewer, or raise max_num_adapters_per_replica or min_replicas",
+            f"{path}.lora_config.preload_adapters",
+        )
 
 
 def _check_router(config: Config, lines: Document) -> None:

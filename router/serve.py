@@ -16,6 +16,7 @@ import prometheus_client
 from router.adapters.transfer import Downloads
 from router.config import Config
 from router.core.quotas import Quotas
+from router.frontend.admin_key import AdminKey
 from router.frontend.gate import Gate
 from router.frontend.models import Models
 from router.frontend.service import Frontend
@@ -34,11 +35,13 @@ async def serve(config: Config, part: Part | None = None) -> None:
     """Serve until SIGTERM or SIGINT, alone or as `part` of several processes.
 
     Raises `OSError` where the port cannot be had, `RecordError` where the recording's file cannot,
-    `ConfigError` where the file of keys cannot be used, `StoreError` where a store cannot be read, and
-    `WorkerStartError` where a worker does not come up.
+    `ConfigError` where the file of keys cannot be used or a key is a client's and an operator's,
+    `RegistryError` where what was decided of adapters cannot be kept, `StoreError` where a store cannot
+    be read, and `WorkerStartError` where a worker does not come up.
     """
     stop, hurry = listen_for_signals()
     settings = config.router
+    admin_key = AdminKey.from_environment(settings)
     listener = bound(settings.host, settings.port, shared=part is not None)
     prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
     metrics = Metrics()
@@ -50,7 +53,7 @@ async def serve(config: Config, part: Part | None = None) -> None:
         if settings.record is not None:
             recorder = Recorder.open(settings.record, metrics)
         models += _services(config, metrics, gate.quotas)
-        frontend = Frontend(Models(models), settings, metrics, gate.keys, recorder)
+        frontend = Frontend(Models(models), settings, metrics, gate.keys, recorder, admin_key)
         try:
             if part is not None:
                 await part.share(metrics)

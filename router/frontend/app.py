@@ -2,46 +2,47 @@
 
     GET  /health /ready /metrics     no key needed
     GET  /v1/models /v1/models/{id}  from the catalog
+    /admin/v1 and vLLM's two routes  for operators, with their own key, see `admin.py`
 
-It gets requests whole, from `connection.py`, each the last one on its connection. Every answer carries
-`x-request-id`, `x-worker` and `x-adapter`.
+It gets requests whole, from `connection.py`, each the last one on its connection.
 """
 
-import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
 from aiohttp import web
-from aiohttp.typedefs import Middleware
 
-from router.core.job import AdapterUse
 from router.frontend.access import Access
+from router.frontend.admin import VLLM_PATHS, Administration
 from router.frontend.auth import Keys
-from router.frontend.errors import ApiError, too_large, unauthorized
+from router.frontend.errors import ApiError, unauthorized
 from router.frontend.listing import Listing, card
 from router.frontend.models import Models
+from router.frontend.stamp import stamped
 from router.telemetry.metrics import Metrics
 
-log = logging.getLogger("lorayard.frontend")
-
 OPEN_PATHS: Final = frozenset({"/health", "/ready", "/metrics"})
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def application(
     models: Models,
     metrics: Metrics,
     keys: Keys,
+    administration: Administration | None = None,
     *,
     max_body_bytes: int,
     closing: Callable[[], bool],
 ) -> web.Application:
-    """The application over the models that are served. `closing` is whether it takes no more."""
+    """The application over the models that are served. `closing` is whether it takes no more.
+
+    Without `administration` there is none of it.
+    """
     pages = _Pages(models, metrics, keys, closing)
     app = web.Application(
-        middlewares=[_stamped(keys, max_body_bytes)], client_max_size=max_body_bytes
+        middlewares=[stamped(_admission(keys, administration), max_body_bytes)],
+        client_max_size=max_body_bytes,
     )
     app.add_routes(
         [
@@ -52,43 +53,23 @@ def application(
             web.get("/v1/models/{id:.+}", pages.show_model),
         ]
     )
+    if administration is None:
+        app.add_routes([web.post(path, _no_administration) for path in sorted(VLLM_PATHS)])
+    else:
+        app.add_routes(administration.routes())
     return app
 
 
-def _stamped(keys: Keys, max_body_bytes: int) -> Middleware:
-    """Check the key, turn errors into answers, and put the three headers on all of them."""
+def _admission(keys: Keys, administration: Administration | None) -> Callable[[web.Request], None]:
+    """What raises `ApiError` where a request does not carry the key that its path needs."""
 
-    @web.middleware
-    async def stamped(request: web.Request, handler: Handler) -> web.StreamResponse:
-        request_id = request.headers.get("x-request-id", "")
-        try:
-            if request.path not in OPEN_PATHS:
-                _access(keys, request)
-            response = await handler(request)
-        except ApiError as error:
-            response = _answer(error)
-        except web.HTTPRequestEntityTooLarge:
-            response = _answer(too_large(max_body_bytes))
-        except web.HTTPException as error:
-            message = f"{request.method} {request.path}: {error.reason}."
-            response = _answer(ApiError(error.status, message))
-            if "Allow" in error.headers:
-                response.headers["Allow"] = error.headers["Allow"]
-        except Exception:
-            log.exception("%s: a fault of the router", request_id)
-            message = "The router failed; its log has this request's id."
-            response = _answer(ApiError(500, message, kind="server_error"))
-        if not response.prepared:
-            response.headers.update(
-                {
-                    "x-request-id": request_id,
-                    "x-worker": "none",
-                    "x-adapter": AdapterUse.NONE.value,
-                }
-            )
-        return response
+    def admit(request: web.Request) -> None:
+        if administration is not None and administration.covers(request.path):
+            administration.admit(request)
+        elif request.path not in OPEN_PATHS:
+            _access(keys, request)
 
-    return stamped
+    return admit
 
 
 def _access(keys: Keys, request: web.Request) -> Access:
@@ -99,8 +80,12 @@ def _access(keys: Keys, request: web.Request) -> Access:
     return access
 
 
-def _answer(error: ApiError) -> web.Response:
-    return web.Response(status=error.status, body=error.body(), headers=error.headers())
+async def _no_administration(_: web.Request) -> web.Response:
+    raise ApiError(
+        404,
+        "Adapters are loaded when they are asked for; put new ones into the store, or set an admin key "
+        "to have them loaded by this route.",
+    )
 
 
 class _Pages:

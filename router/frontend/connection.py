@@ -32,7 +32,7 @@ from httptools import (
 
 from router.frontend.errors import ApiError, too_large, unauthorized
 from router.frontend.relay import STATUS_LINES, AnswerCutError
-from router.frontend.request import PASSED_ON, Request, unpacked
+from router.frontend.request import Request, unpacked
 from router.patience import Patience
 from router.workers.upstream import Upstream
 
@@ -287,7 +287,7 @@ class ClientConnection:
             self._fail(ApiError(400, "The request's target is no path."))
         request.path = (url.path or b"/").decode("latin-1")
         request.query = (url.query or b"").decode("latin-1")
-        if request.path.startswith(PASSED_ON) and not self._service.accepts(request):
+        if request.needs_client_key and not self._service.accepts(request):
             self._fail(unauthorized())
         limit = self._body_limit()
         if int(request.get(b"content-length") or 0) > limit:
@@ -299,7 +299,7 @@ class ClientConnection:
             self._tell_to_go_on()
 
     def _body_limit(self) -> int:
-        """No page takes a body; and whoever asks for one may have no key."""
+        """A page takes a small body, if any; and whoever asks for one may have no key."""
         limit = self._service.max_body_bytes
         return limit if self._request.passed_on else min(limit, HEAD_MAX_BYTES)
 
@@ -457,6 +457,13 @@ class ClientConnection:
     def _hand_over(self, request: Request) -> None:
         """Give the connection to the application, for this request."""
         assert self._transport is not None
+        encoding = request.get(b"content-encoding")
+        if encoding is not None:
+            try:
+                request.body = unpacked(request.body, encoding, HEAD_MAX_BYTES)
+            except ApiError as error:
+                self._answer_fault(request, error, last=True)
+                return
         application = self._service.application()
         transport, self._transport = self._transport, None
         transport.resume_reading()

@@ -14,6 +14,8 @@ from router.frontend.access import FULL
 from router.frontend.errors import ApiError, too_large
 
 PASSED_ON: Final = "/v1/"
+# vLLM's routes for the adapters of one worker; here they mean the fleet, and are answered here.
+FOR_OPERATORS: Final = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 # Of one connection alone (RFC 9110, 7.6.1), or rewritten on the way.
 HOP_BY_HOP: Final = frozenset(
     {
@@ -70,7 +72,16 @@ class Request:
     @property
     def passed_on(self) -> bool:
         """Whether it is for a worker; every other one is answered here."""
-        return self.method == b"POST" and self.path.startswith(PASSED_ON)
+        return (
+            self.method == b"POST"
+            and self.path.startswith(PASSED_ON)
+            and self.path not in FOR_OPERATORS
+        )
+
+    @property
+    def needs_client_key(self) -> bool:
+        """Whether it is refused at once without one. What is for operators takes another key."""
+        return self.path.startswith(PASSED_ON) and self.path not in FOR_OPERATORS
 
     def add(self, name: bytes, value: bytes) -> None:
         """Take in a header."""
@@ -122,10 +133,14 @@ class Request:
         self._first = {}
 
     def for_application(self) -> bytes:
-        """What a page needs of its head, as the last one on its connection. None takes a body."""
+        """What a page needs of it, as the last one on its connection. A body is taken by POST alone."""
         lines = [b"%b %b HTTP/1.1\r\nhost: router\r\n" % (self.method, self.target)]
         lines += [b"%b: %b\r\n" % field for field in self.fields if field[0] in FOR_APPLICATION]
+        body = self.body if self.method == b"POST" else b""
+        if body:
+            lines.append(b"content-length: %d\r\n" % len(body))
         lines.append(b"x-request-id: %b\r\nconnection: close\r\n\r\n" % self.id.encode())
+        lines.append(body)
         return b"".join(lines)
 
 

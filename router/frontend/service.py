@@ -8,6 +8,8 @@ from typing import cast
 from aiohttp import web
 
 from router.config import RouterConfig
+from router.frontend.admin import Administration
+from router.frontend.admin_key import AdminKey
 from router.frontend.app import application
 from router.frontend.auth import Keys
 from router.frontend.connection import HEAD_MAX_BYTES, ClientConnection
@@ -20,8 +22,6 @@ from router.frontend.terms import TermsReader
 from router.telemetry.metrics import Metrics
 from router.telemetry.recorder import Recorder
 
-# Of one worker alone in vLLM; here the store and the router decide what is loaded.
-NOT_PASSED_ON = frozenset({"load_lora_adapter", "unload_lora_adapter"})
 APPLICATION_SHUTDOWN_S = 1.0
 BACKLOG = 4096
 SESSION = b"x-session-id"
@@ -37,6 +37,7 @@ class Frontend:
         metrics: Metrics,
         keys: Keys,
         recorder: Recorder | None = None,
+        admin_key: AdminKey | None = None,
     ) -> None:
         self.max_body_bytes = config.max_body_bytes
         self.idle_timeout_s = config.idle_timeout_s
@@ -55,10 +56,14 @@ class Frontend:
         self._fewer = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._administration = (
+            Administration([model.lifecycle for model in models], admin_key) if admin_key else None
+        )
         app = application(
             models,
             metrics,
             keys,
+            self._administration,
             max_body_bytes=config.max_body_bytes,
             closing=lambda: self.closing,
         )
@@ -114,10 +119,6 @@ class Frontend:
         self._idle.clear()
         try:
             route = request.path.removeprefix("/v1/")
-            if route in NOT_PASSED_ON:
-                raise ApiError(
-                    404, "Adapters are loaded when they are asked for; put new ones into the store."
-                )
             path = worker_path(route, request.query)
             if path is None:
                 raise ApiError(404, f"No route {request.path}.")
@@ -167,4 +168,6 @@ class Frontend:
         for connection in tuple(self.connections):
             connection.abort()
         await self._idle.wait()
+        if self._administration is not None:
+            await self._administration.aclose()
         await self._pages.cleanup()

@@ -123,7 +123,9 @@ class WorkerKeeper:
                     log_file=self._log_dir / f"{quote(worker_id, safe='')}.log",
                     token=self._token,
                     drain_timeout_s=self._config.drain_timeout_s,
-                    withheld=frozenset({self._config.api_keys_env, "VLLM_API_KEY"}),
+                    withheld=frozenset(
+                        {self._config.api_keys_env, self._config.admin_key_env, "VLLM_API_KEY"}
+                    ),
                     given=devices,
                     limited=self._limited,
                 )
