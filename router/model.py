@@ -51,7 +51,8 @@ def _expected_times(llm: LLMConfig) -> EngineTimes:
 class ModelService:
     """A base model and everything that serves it. To be made inside a running loop.
 
-    `quotas` are those of the whole process: a limit is one over all models.
+    `quotas` are those of the whole process: a limit is one over all models. `alone` says that no other
+    router process has the same models.
     """
 
     def __init__(
@@ -63,12 +64,14 @@ class ModelService:
         quotas: Quotas,
         machine: Machine = NOTHING,
         first_place: int = 0,
+        *,
+        alone: bool = True,
     ) -> None:
         self.llm = llm
         self.model_id = llm.model_id
         cache_dir = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
         folder = _folder_of(cache_dir, llm.model_id)
-        self._spread = Spread(llm.model_id, folder)
+        self._spread = Spread(llm.model_id, folder, alone=alone)
         self.adapters: Adapters | None = None
         if llm.lora_config is not None:
             self.adapters = _adapters(

@@ -52,7 +52,7 @@ async def serve(config: Config, part: Part | None = None) -> None:
         await gate.open()
         if settings.record is not None:
             recorder = Recorder.open(settings.record, metrics)
-        models += _services(config, metrics, gate.quotas)
+        models += _services(config, metrics, gate.quotas, alone=part is None)
         frontend = Frontend(Models(models), settings, metrics, gate.keys, recorder, admin_key)
         try:
             if part is not None:
@@ -96,14 +96,16 @@ def _collect_seldom() -> None:
     gc.set_threshold(GC_THRESHOLD, *gc.get_threshold()[1:])
 
 
-def _services(config: Config, metrics: Metrics, quotas: Quotas) -> Iterator[ModelService]:
+def _services(
+    config: Config, metrics: Metrics, quotas: Quotas, *, alone: bool
+) -> Iterator[ModelService]:
     """Each model's, with its share of what this machine has."""
     machine = this_machine(config.llm_configs)
     settings = config.router
     downloads = Downloads(settings.download_connections, settings.download_mib_per_s)
     place = 0
     for llm in config.llm_configs:
-        yield ModelService(llm, settings, metrics, downloads, quotas, machine, place)
+        yield ModelService(llm, settings, metrics, downloads, quotas, machine, place, alone=alone)
         if llm.engine == "vllm":
             place += llm.replicas * gpus_per_worker(llm)
 

@@ -57,7 +57,7 @@ class Adapters:
         self.following = Following(
             self.names, self.catalog, cache, spread, weight=lora.rollout_weight
         )
-        self.presence = Presence(self.names, self.usages, cache, lora, self.find)
+        self.presence = Presence(self.names, self.usages, cache, lora, spread, self.find)
         self._sources = sources
         self._spread = spread
         self._loop = asyncio.get_running_loop()

@@ -20,7 +20,8 @@ from router.lifecycle.alias import Alias, promoted, rolled_back, split
 from router.lifecycle.loading import RESIDENT, loaded_on
 from router.lifecycle.registry import RegistryError
 from router.lifecycle.spread import Spread
-from router.lifecycle.status import Places, adapter_status, places_of, worker_status
+from router.lifecycle.status import adapter_status, places_of, worker_status
+from router.lifecycle.usage import together
 from router.lifecycle.words import AdapterStatus, Change, LifecycleError, Problem, WorkerStatus
 from router.workers.pool import WorkerPool
 
@@ -54,18 +55,26 @@ class Operations:
         names = adapters.catalog.names
         first = max(bisect_left(names, prefix), bisect_right(names, after) if after else 0)
         begin_so = takewhile(lambda name: name.startswith(prefix), islice(names, first, None))
-        places = places_of(self._router.fleet)
-        return [self._status(adapters, name, places) for name in islice(begin_so, limit)]
+        return self._statuses(adapters, tuple(islice(begin_so, limit)))
 
     def show(self, name: str) -> AdapterStatus | None:
         """One of them."""
         adapters = self._adapters_or_none
         if adapters is None or name not in adapters.catalog:
             return None
-        return self._status(adapters, name, places_of(self._router.fleet))
+        return self._statuses(adapters, (name,))[0]
 
-    def _status(self, adapters: Adapters, name: str, places: Places) -> AdapterStatus:
-        return adapter_status(adapters, name, places, self._router.loop.time())
+    def _statuses(self, adapters: Adapters, names: Sequence[str]) -> Sequence[AdapterStatus]:
+        places = places_of(self._router.fleet)
+        now = time.time()
+        ago = now - self._router.loop.time()
+        elsewhere = self._spread.usage_elsewhere(names)
+        found = []
+        for name in names:
+            here = adapters.usages.by_name.get(name)
+            records = [*elsewhere.get(name, ()), *([here.record(ago)] if here else [])]
+            found.append(adapter_status(adapters, name, places, together(records), now))
+        return found
 
     def workers(self) -> Sequence[WorkerStatus]:
         """All of them."""

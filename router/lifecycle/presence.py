@@ -1,7 +1,11 @@
-"""What is to be there before it is asked for, and what is to stay: preloaded, pinned, kept on disk."""
+"""What is to be there before it is asked for, and what is to stay: preloaded, pinned, kept on disk.
+
+Once a second this looks at what is held, and tells the other router processes what was used.
+"""
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -10,6 +14,8 @@ from router.adapters.store import StoreError
 from router.config import LoraConfig
 from router.core.job import AdapterRef
 from router.lifecycle.names import Names
+from router.lifecycle.registry import RegistryError
+from router.lifecycle.spread import Spread
 from router.lifecycle.usage import Usages
 
 log = logging.getLogger("lorayard.lifecycle")
@@ -26,12 +32,14 @@ class Presence:
         usages: Usages,
         cache: AdapterCache,
         lora: LoraConfig,
+        spread: Spread,
         find: Callable[[str], Awaitable[AdapterRef | None]],
     ) -> None:
         self._names = names
         self._usages = usages
         self._cache = cache
         self._lora = lora
+        self._spread = spread
         self._find = find
         self._pinned: dict[str, AdapterRef] = {}
         self._held: dict[tuple[str, str], None] = {}
@@ -93,9 +101,24 @@ class Presence:
             while True:
                 self._hold(self._wanted())
                 self._end_trials()
+                await self._tell_usage()
                 await asyncio.sleep(PERIOD_S)
         finally:
             self._hold({})
+
+    async def _tell_usage(self) -> None:
+        usages = self._usages
+        if self._spread.alone or not usages.changed:
+            return
+        ago = time.time() - asyncio.get_running_loop().time()
+        used = {name: usages.by_name.get(name) for name in usages.changed}
+        usages.changed.clear()
+        try:
+            await self._spread.tell_usage(
+                {name: usage.record(ago) for name, usage in used.items() if usage is not None}
+            )
+        except RegistryError as error:
+            log.warning("%s: what was used is not told: %s", self._names.model_id, error)
 
     def _hold(self, wanted: dict[tuple[str, str], None]) -> None:
         for key in [key for key in self._held if key not in wanted]:

@@ -10,7 +10,7 @@ until it is true everywhere.
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -18,6 +18,7 @@ from typing import Final
 import msgspec
 
 from router.lifecycle.alias import Alias
+from router.lifecycle.usage import UsageRecord
 
 FILE: Final = "versions.sqlite"
 BUSY_TIMEOUT_S: Final = 5.0
@@ -29,10 +30,14 @@ CREATE TABLE IF NOT EXISTS entry (
 CREATE INDEX IF NOT EXISTS entry_serial ON entry (serial);
 CREATE TABLE IF NOT EXISTS seen (pid INTEGER PRIMARY KEY, serial INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS claim (name TEXT PRIMARY KEY, pid INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS usage (
+    name TEXT NOT NULL, pid INTEGER NOT NULL, record BLOB NOT NULL, PRIMARY KEY (name, pid)
+) WITHOUT ROWID;
 """
 ALIAS: Final = "alias"
 WORKER: Final = "worker"
 _decode_alias = msgspec.json.Decoder(Alias).decode
+_decode_usage = msgspec.msgpack.Decoder(UsageRecord).decode
 _decode_bool = msgspec.json.Decoder(bool).decode
 
 
@@ -161,12 +166,34 @@ class Registry:
         with self._transaction() as writer:
             writer.execute("DELETE FROM claim WHERE name = ? AND pid = ?", (name, self._pid))
 
+    def tell_usage(self, records: Mapping[str, UsageRecord]) -> None:
+        """Let the other processes know how often adapters were used here. Raises `RegistryError`."""
+        rows = [(name, self._pid, msgspec.msgpack.encode(one)) for name, one in records.items()]
+        with self._transaction() as writer:
+            writer.executemany("INSERT OR REPLACE INTO usage VALUES (?, ?, ?)", rows)
+
+    def usage_elsewhere(self, names: Sequence[str]) -> dict[str, list[UsageRecord]]:
+        """What the other processes that live have told. Raises `RegistryError`."""
+        found: dict[str, list[UsageRecord]] = {}
+        alive: dict[int, bool] = {self._pid: False}  # its own is known better
+        with self._translated():
+            for name in names:
+                for pid, record in self._reader.execute(
+                    "SELECT pid, record FROM usage WHERE name = ?", (name,)
+                ):
+                    if pid not in alive:
+                        alive[pid] = _lives(pid)
+                    if alive[pid]:
+                        found.setdefault(name, []).append(_decode_usage(record))
+        return found
+
     def close(self) -> None:
         """Close the file; this process need not be waited for any more."""
         try:
             with self._transaction() as writer:
                 writer.execute("DELETE FROM seen WHERE pid = ?", (self._pid,))
                 writer.execute("DELETE FROM claim WHERE pid = ?", (self._pid,))
+                writer.execute("DELETE FROM usage WHERE pid = ?", (self._pid,))
         except RegistryError:
             pass  # whoever looks finds that this process is gone
         self._writer.close()

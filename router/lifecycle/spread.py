@@ -7,7 +7,7 @@ answer for `SPREAD_S` is not waited for: it applies what is new when it can.
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -15,6 +15,7 @@ from anyio import CapacityLimiter, to_thread
 
 from router.lifecycle.alias import Alias
 from router.lifecycle.registry import News, Registry, RegistryError
+from router.lifecycle.usage import UsageRecord
 
 log = logging.getLogger("lorayard.lifecycle")
 
@@ -26,10 +27,12 @@ T = TypeVar("T")
 class Spread:
     """The decisions of one model. To be made inside a running loop; raises `RegistryError`, `OSError`.
 
-    What is new goes to whoever listens, in this process's event loop.
+    What is new goes to whoever listens, in this process's event loop. `alone` says that there are no
+    other processes.
     """
 
-    def __init__(self, model_id: str, folder: Path) -> None:
+    def __init__(self, model_id: str, folder: Path, *, alone: bool) -> None:
+        self.alone = alone
         self._model_id = model_id
         self._registry = Registry(folder)
         self._loop = asyncio.get_running_loop()
@@ -74,6 +77,14 @@ class Spread:
     async def give_back(self, name: str) -> None:
         """Others may see to it. Raises `RegistryError`."""
         await self._in_thread(lambda: self._registry.give_back(name))
+
+    async def tell_usage(self, records: Mapping[str, UsageRecord]) -> None:
+        """Let the other processes know how often adapters were used here. Raises `RegistryError`."""
+        await self._in_thread(lambda: self._registry.tell_usage(records))
+
+    def usage_elsewhere(self, names: Sequence[str]) -> Mapping[str, Sequence[UsageRecord]]:
+        """What the other processes have told of it. Raises `RegistryError`."""
+        return {} if self.alone else self._registry.usage_elsewhere(names)
 
     async def _everywhere(self, serial: int) -> None:
         """Apply what was decided here, and wait for the others."""

@@ -7,9 +7,7 @@ from router.core.fleet import Worker
 from router.core.job import AdapterRef
 from router.core.residency import RESIDENT
 from router.lifecycle.adapters import Adapters
-from router.lifecycle.alias import Alias
-from router.lifecycle.judge import Tally
-from router.lifecycle.usage import Usage
+from router.lifecycle.usage import UsageRecord
 from router.lifecycle.words import (
     AdapterStatus,
     Residence,
@@ -20,8 +18,6 @@ from router.lifecycle.words import (
 
 Tier = Literal["gpu", "host", "disk", "store"]
 Places = dict[str, dict[str, dict[str, Residence]]]
-UNUSED = Usage()
-UNJUDGED = Tally()
 
 
 def places_of(workers: Iterable[Worker]) -> Places:
@@ -41,20 +37,24 @@ def _note(places: Places, adapter: AdapterRef, worker: Worker, there: Residence)
     versions.setdefault(adapter.version, {})[worker.id] = there
 
 
-def adapter_status(adapters: Adapters, name: str, places: Places, now: float) -> AdapterStatus:
-    """One adapter's; `places` are those of all."""
+def adapter_status(
+    adapters: Adapters,
+    name: str,
+    places: Places,
+    usage: UsageRecord,
+    now: float,
+) -> AdapterStatus:
+    """One adapter's; `places` are those of all. `now` and the usage are in seconds since the epoch."""
     alias = adapters.names.alias(name)
     listed = adapters.catalog.get(name)
-    serving = adapters.names.serving(name)
-    version = serving.version if serving else alias.serving or (listed.version if listed else "")
-    usage = adapters.usages.by_name.get(name, UNUSED)
     where = places.get(name, {})
+    version = _serving(adapters, name, where)
     stored = adapters.stored(AdapterRef(adapters.model_id, name, version)) if version else None
     on_disk = bool(version) and adapters.cache.find(name, version) is not None
     facts = adapters.cache.facts(stored) if stored is not None else None
     size = sum(file.size for file in listed.files) if listed is not None else None
     return AdapterStatus(
-        id=f"{adapters.model_id}:{name}",
+        id=adapters.names.id(name),
         name=name,
         version=version,
         tier=_tier(where.get(version, {}).values(), on_disk=on_disk),
@@ -65,39 +65,49 @@ def adapter_status(adapters: Adapters, name: str, places: Places, now: float) ->
         hits=usage.hits,
         cold_loads=usage.cold_loads,
         requests=usage.requests,
-        last_used_s=None if usage.last_used_at is None else now - usage.last_used_at,
-        versions=tuple(_versions(adapters, name, version, alias, usage, where)),
+        last_used_s=max(0.0, now - usage.last_used_at) if usage.last_used_at else None,
+        versions=tuple(_versions(adapters, name, version, usage, where)),
         message=alias.message,
     )
+
+
+def _serving(adapters: Adapters, name: str, where: dict[str, dict[str, Residence]]) -> str:
+    """The version that serves; where this process was not asked for it, the one that workers have."""
+    serving = adapters.names.serving(name)
+    decided = serving.version if serving is not None else adapters.names.alias(name).serving
+    if decided or where:
+        return decided or next(iter(where))
+    listed = adapters.catalog.get(name)
+    return listed.version if listed is not None else ""
 
 
 def _versions(
     adapters: Adapters,
     name: str,
     serving: str,
-    alias: Alias,
-    usage: Usage,
+    usage: UsageRecord,
     where: dict[str, dict[str, Residence]],
 ) -> Iterable[VersionStatus]:
+    alias = adapters.names.alias(name)
     states = dict.fromkeys(where, VersionState.RETIRED)
-    if alias.previous:
-        states[alias.previous] = VersionState.PREVIOUS
-    if alias.candidate:
-        states[alias.candidate] = VersionState.CANDIDATE
-    if serving:
-        states[serving] = VersionState.SERVING
-    weights = {serving: 1.0 - alias.weight, alias.candidate: alias.weight}
-    for version, state in sorted(
-        states.items(), key=lambda item: (list(VersionState).index(item[1]), item[0])
+    for version, state in (
+        (alias.previous, VersionState.PREVIOUS),
+        (alias.candidate, VersionState.CANDIDATE),
+        (serving, VersionState.SERVING),
     ):
-        tally = usage.versions.get(version, UNJUDGED)
+        if version:
+            states[version] = state
+    weights = {serving: 1.0 - alias.weight, alias.candidate: alias.weight}
+    order = list(VersionState)
+    for version in sorted(states, key=lambda one: (order.index(states[one]), one)):
+        requests, failures = usage.versions.get(version, (0, 0))
         yield VersionStatus(
             version=version,
-            state=state,
+            state=states[version],
             weight=weights.get(version, 0.0),
             on_disk=adapters.cache.find(name, version) is not None,
-            requests=tally.requests,
-            failures=tally.failures,
+            requests=requests,
+            failures=failures,
             workers=where.get(version, {}),
         )
 

@@ -3,10 +3,44 @@
 Bounded by the adapters that exist: a name enters with its first request, and leaves with its adapter.
 """
 
+from collections.abc import Iterable
+from typing import Final
+
+import msgspec
+
 from router.core.job import AdapterRef, AdapterUse
 from router.lifecycle.judge import Tally, is_worse
 
-VERSIONS_MAX = 8
+VERSIONS_MAX: Final = 8
+
+
+class UsageRecord(msgspec.Struct, frozen=True, array_like=True):
+    """One adapter's requests as told to other processes. Versions have requests and failures.
+
+    `last_used_at` is in seconds since the epoch, 0 for never.
+    """
+
+    requests: int = 0
+    hits: int = 0
+    cold_loads: int = 0
+    last_used_at: float = 0.0
+    versions: dict[str, tuple[int, int]] = {}
+
+
+def together(records: Iterable[UsageRecord]) -> UsageRecord:
+    """What several processes have seen of one adapter."""
+    requests = hits = cold_loads = 0
+    last_used_at = 0.0
+    versions: dict[str, tuple[int, int]] = {}
+    for one in records:
+        requests += one.requests
+        hits += one.hits
+        cold_loads += one.cold_loads
+        last_used_at = max(last_used_at, one.last_used_at)
+        for version, (count, failures) in one.versions.items():
+            before = versions.get(version, (0, 0))
+            versions[version] = (before[0] + count, before[1] + failures)
+    return UsageRecord(requests, hits, cold_loads, last_used_at, versions)
 
 
 class Usage:
@@ -33,6 +67,12 @@ class Usage:
                 del self.versions[next(iter(self.versions))]
             tally = self.versions[version] = Tally()
         tally.add(failed=failed)
+
+    def record(self, ago: float) -> UsageRecord:
+        """The same for other processes. `ago` is how much later the epoch's time is than the loop's."""
+        last = 0.0 if self.last_used_at is None else self.last_used_at + ago
+        versions = {name: (one.requests, one.failures) for name, one in self.versions.items()}
+        return UsageRecord(self.requests, self.hits, self.cold_loads, last, versions)
 
 
 class Trial:
@@ -62,6 +102,7 @@ class Usages:
     def __init__(self) -> None:
         self.by_name: dict[str, Usage] = {}
         self.trials: dict[str, Trial] = {}
+        self.changed: dict[str, None] = {}  # since whoever tells others of it has emptied it
         self._total = Tally()
 
     def ended(
@@ -75,6 +116,7 @@ class Usages:
         if usage is None:
             usage = self.by_name[adapter.name] = Usage()
         usage.add(adapter.version, use, failed=failed, now=now)
+        self.changed[adapter.name] = None
         trial = self.trials.get(adapter.name)
         if trial is None or trial.version != adapter.version:
             return None

@@ -40,7 +40,7 @@ class AdapterStatus(msgspec.Struct, frozen=True):
     """One adapter. `version` is the serving one, empty where it was never asked for.
 
     `tier` is the nearest place that has it: gpu, host, disk or store. `rank` and `bytes` are known of
-    what was fetched. `last_used_s` is how many seconds ago, of this process alone, as are the counts.
+    what was fetched. `last_used_s` is how many seconds ago. Counts are since the router was started.
     `message` is what went on with it last.
     """
 
