@@ -141,7 +141,12 @@ def _check_expressions(field: str, keys: Iterable[str]) -> None:
                     f"{EXPRESSION_MAX_LETTERS} are allowed"
                 )
             re.compile(f"({key})$")
-        except (re.error, RecursionError, OverflowError, Warning) as error:
+        except (
+            re.error,
+            RecursionError,
+            OverflowError,
+            Warning,
+        ) as error:  # some run with -W error
             raise InvalidAdapterError(
                 f"{field} has {shown(key)}, which is no regular expression: {shown(str(error))}"
             ) from None
