@@ -1,13 +1,15 @@
 """What a base model's weight matrices are, as far as it is known here with certainty.
 
-From the heads of its weights where they are on this machine; else, for architectures whose matrices
-follow from a few numbers, from its config.json. What is not known is left to the engine: an adapter
-must never be refused by a guess.
+From the heads of its weights where they are on this machine, in its folder or the hub's cache; else,
+for architectures whose matrices follow from a few numbers, from its config.json. What is not known is
+left to the engine: an adapter must never be refused by a guess.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,6 +37,9 @@ SPARSE: Final = frozenset({"MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3Mo
 HEADS_DIVIDE: Final = frozenset(
     {"LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "Qwen2ForCausalLM"}
 )
+
+HUB_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+HUB_REVISION: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 Shape = tuple[int, int]
 
@@ -66,6 +71,27 @@ class BaseModel(msgspec.Struct, frozen=True):
 
 
 UNKNOWN: Final = BaseModel()
+
+
+def folder_of(source: str, revision: str = "main") -> Path:
+    """Where a model's files are on this machine, if they are: its folder, or the hub's cache.
+
+    `source` is a folder or a hub id. Engines fill that cache, so after a model's first start it is
+    known.
+    """
+    folder = Path(source)
+    if (
+        folder.is_dir()
+        or HUB_ID.fullmatch(source) is None
+        or HUB_REVISION.fullmatch(revision) is None
+    ):
+        return folder
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+    model = cache / f"models--{source.replace('/', '--')}"
+    with suppress(OSError, ValueError):  # else it may be a commit itself
+        revision = (model / "refs" / revision).read_text(encoding="ascii").strip()
+    return model / "snapshots" / revision
 
 
 def read_base_model(folder: Path) -> tuple[BaseModel, str | None]:

@@ -4,6 +4,9 @@ What vLLM's `PEFTHelper` refuses is refused here, in words that name the field; 
 is let be.
 """
 
+import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +22,9 @@ UNSERVED: Final = (
 )  # fmt: skip
 # Of ways to begin training: those that leave the base model's weights as they are.
 PLAIN_INITS: Final = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+ALPHA_MAX: Final = 1e9
+EXPRESSIONS_MAX: Final = 256
+EXPRESSION_MAX_LETTERS: Final = 512
 LITERAL: Final = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-")
 
 
@@ -48,14 +54,15 @@ def read_config(path: Path) -> PeftConfig:
     try:
         if path.stat().st_size > CONFIG_MAX_BYTES:
             raise InvalidAdapterError(f"{CONFIG_FILE} is larger than {CONFIG_MAX_BYTES:,} bytes")
-        return msgspec.json.decode(path.read_bytes(), type=PeftConfig)
+        # By the parser that vLLM takes, so that neither reads what the other does not.
+        return msgspec.convert(json.loads(path.read_bytes().decode()), PeftConfig)
     except OSError as error:
         raise InvalidAdapterError(f"{CONFIG_FILE}: {error.strerror}") from None
     except msgspec.ValidationError as error:
         what, _, where = str(error).partition(" - at ")
         field = where.strip("`").removeprefix("$.").removeprefix("$")
         raise InvalidAdapterError(f"{field or CONFIG_FILE}: {what}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         raise InvalidAdapterError(f"{CONFIG_FILE} is not valid JSON") from None
 
 
@@ -63,17 +70,43 @@ def check_config(config: PeftConfig, *, base_names: tuple[str, ...], rank_max: i
     """Refuse what vLLM does not serve, and what is for another base. Raises `InvalidAdapterError`."""
     if config.peft_type != "LORA":
         raise InvalidAdapterError(f"peft_type is {shown(config.peft_type)}; only LORA is served")
-    ranks = (config.r, *(config.rank_pattern or {}).values())
-    if min(ranks) < 1:
-        raise InvalidAdapterError(f"r is {min(ranks)}; it must be a whole number above 0")
-    if max(ranks) > rank_max:
-        raise InvalidAdapterError(f"its rank is {max(ranks)}, but max_lora_rank is {rank_max}")
+    _check_numbers(config, rank_max)
     base = config.base_model_name_or_path
     if base and not _is_base(base, base_names):
         raise InvalidAdapterError(
             f"base_model_name_or_path is {shown(base)}, but this model is "
             f"{base_names[0]!r}; if it fits, add it to lora_config.accepted_base_models"
         )
+    _check_features(config)
+    if not config.target_modules:
+        raise InvalidAdapterError(
+            f"target_modules is {config.target_modules!r}; it must name modules"
+        )
+
+
+def _check_numbers(config: PeftConfig, rank_max: int) -> None:
+    """Ranks and scales, and what they are for."""
+    ranks = (config.r, *(config.rank_pattern or {}).values())
+    if min(ranks) < 1:
+        raise InvalidAdapterError(f"r is {shown(min(ranks))}; it must be a whole number above 0")
+    if max(ranks) > rank_max:
+        raise InvalidAdapterError(
+            f"its rank is {shown(max(ranks))}, but max_lora_rank is {rank_max}"
+        )
+    for field, alphas in (
+        ("lora_alpha", [config.lora_alpha]),
+        ("alpha_pattern", (config.alpha_pattern or {}).values()),
+    ):
+        for alpha in alphas:
+            if not abs(alpha) <= ALPHA_MAX:  # nor is it for one that is no number
+                raise InvalidAdapterError(
+                    f"{field} is {shown(alpha)}; at most {ALPHA_MAX:,.0f} is allowed"
+                )
+    _check_expressions("rank_pattern", config.rank_pattern or {})
+    _check_expressions("alpha_pattern", config.alpha_pattern or {})
+
+
+def _check_features(config: PeftConfig) -> None:
     for field in UNSERVED:
         if getattr(config, field):
             raise InvalidAdapterError(f"{field} is set; vLLM does not serve such adapters")
@@ -90,10 +123,33 @@ def check_config(config: PeftConfig, *, base_names: tuple[str, ...], rank_max: i
         raise InvalidAdapterError(
             f"modules_to_save is {shown(config.modules_to_save)}; only LoRA weights are served"
         )
-    if not config.target_modules:
+
+
+def _check_expressions(field: str, keys: Iterable[str]) -> None:
+    """Refuse what is no regular expression. They are only compiled, and never run."""
+    expressions = [key for key in keys if not LITERAL.issuperset(key)]
+    if len(expressions) > EXPRESSIONS_MAX:
         raise InvalidAdapterError(
-            f"target_modules is {config.target_modules!r}; it must name modules"
+            f"{field} has {len(expressions):,} regular expressions; at most {EXPRESSIONS_MAX} are "
+            "allowed"
         )
+    for key in expressions:
+        try:
+            if len(key) > EXPRESSION_MAX_LETTERS:
+                raise InvalidAdapterError(
+                    f"{field} has {shown(key)}, of {len(key):,} letters; at most "
+                    f"{EXPRESSION_MAX_LETTERS} are allowed"
+                )
+            re.compile(f"({key})$")
+        except (
+            re.error,
+            RecursionError,
+            OverflowError,
+            Warning,
+        ) as error:  # some run with -W error
+            raise InvalidAdapterError(
+                f"{field} has {shown(key)}, which is no regular expression: {shown(str(error))}"
+            ) from None
 
 
 def _is_base(base: str, names: tuple[str, ...]) -> bool:

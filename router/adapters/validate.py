@@ -11,7 +11,13 @@ from typing import Final
 
 import msgspec
 
-from router.adapters.base_model import UNKNOWN, BaseModel, BaseModelError, read_base_model
+from router.adapters.base_model import (
+    UNKNOWN,
+    BaseModel,
+    BaseModelError,
+    folder_of,
+    read_base_model,
+)
 from router.adapters.invalid import InvalidAdapterError, shown
 from router.adapters.peft import check_config, read_config
 from router.adapters.safetensors import NotSafetensorsError, Tensor, read_header
@@ -66,7 +72,8 @@ def adapter_rules(llm: LLMConfig) -> AdapterRules:
     source = llm.model_loading_config.source
     names = {source: None, source.rstrip("/").rpartition("/")[2]: None, llm.model_id: None}
     try:
-        base, name = read_base_model(Path(source))
+        revision = str(llm.engine_kwargs.get("revision") or "main")
+        base, name = read_base_model(folder_of(source, revision))
     except BaseModelError as error:
         raise InvalidAdapterError(str(error)) from None
     if name is not None:

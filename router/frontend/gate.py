@@ -46,7 +46,7 @@ class Gate:
     async def open(self) -> None:
         """Read the file, and follow it from then on. Raises `ConfigError` where it cannot be used."""
         if self._file is not None:
-            self._take(await asyncio.to_thread(self._file.read))
+            await self._take(await asyncio.to_thread(self._file.read))
             self._following = asyncio.create_task(self._follow(self._file))
 
     async def aclose(self) -> None:
@@ -60,23 +60,19 @@ class Gate:
             await asyncio.sleep(POLL_S)
             try:
                 listed = await file.read_if_changed()
+                if listed is not None:
+                    await self._take(listed)
             except ConfigError as error:
                 log.error("the API keys are kept as they were: %s", error)  # noqa: TRY400
             except Exception:  # this must not end while the router runs
                 log.exception("the API keys are kept as they were")
-            else:
-                if listed is not None:
-                    self._take(listed)
 
-    def _take(self, listed: Sequence[KeyConfig]) -> None:
-        self.keys.replace(accesses(listed, self._tenants))
-        quotas = dict(self._tenant_quotas)
-        for key in listed:
-            quotas[account_of(key)] = Quota(
-                _part(key.requests_per_minute, self._share),
-                _part(key.tokens_per_minute, self._share),
-            )
-        self.quotas.change(quotas, self._loop.time())
+    async def _take(self, listed: Sequence[KeyConfig]) -> None:
+        # In a thread, which lets requests go on between two of ten thousand keys.
+        given = await asyncio.to_thread(accesses, listed, self._tenants)
+        quotas = await asyncio.to_thread(quotas_of, listed, self._share)
+        self.keys.replace(given)
+        self.quotas.change({**self._tenant_quotas, **quotas}, self._loop.time())
         log.info("%d API keys are known from the file", len(listed))
 
 
@@ -90,6 +86,16 @@ def key_file(config: RouterConfig) -> KeyFile | None:
 def account_of(key: KeyConfig) -> str:
     """What a key's own account is called; a tenant's name has no colon."""
     return f"key:{key.name}"
+
+
+def quotas_of(listed: Iterable[KeyConfig], share: float) -> dict[str, Quota]:
+    """That share of each key's own limits, by its account."""
+    return {
+        account_of(key): Quota(
+            _part(key.requests_per_minute, share), _part(key.tokens_per_minute, share)
+        )
+        for key in listed
+    }
 
 
 def accesses(listed: Iterable[KeyConfig], tenants: Iterable[TenantConfig]) -> dict[bytes, Access]:

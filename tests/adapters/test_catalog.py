@@ -101,6 +101,23 @@ async def test_a_new_adapter_is_found_before_the_next_listing(store: Store, tmp_
     assert catalog.names == ["a", "new"]
 
 
+async def test_changes_of_the_names_are_counted(store: Store, tmp_path: Path) -> None:
+    catalog = AdapterCatalog(store, refresh_s=100)
+    await catalog.refresh()
+    before = catalog.changes
+    await catalog.refresh()
+    await catalog.find("a")
+    await catalog.find("ghost")
+    assert catalog.changes == before
+    write_adapter(tmp_path / "new")
+    await catalog.find("new")
+    assert catalog.changes > before
+    before = catalog.changes
+    write_adapter(tmp_path / "newer")
+    await catalog.refresh()
+    assert catalog.changes > before
+
+
 async def test_the_memory_of_absent_names_is_bounded(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,10 +1,10 @@
 """Tensors, and the file that they are in: each thing that can be wrong is refused by its name."""
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,18 @@ from adapter_files import HIDDEN, RANK, safetensors
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.adapters.base_model import BaseModel, BaseModelError, read_base_model
+from router.adapters.base_model import BaseModel, BaseModelError, folder_of, read_base_model
 from router.adapters.peft import PeftConfig, Ranks
 from router.adapters.store import WEIGHTS_FILE, StoredAdapter, StoredFile
 from router.adapters.validate import (
     AdapterFacts,
     AdapterRules,
     InvalidAdapterError,
+    adapter_rules,
     check_files,
     check_listing,
 )
+from router.config import parse
 
 RULES = AdapterRules(("org/tiny", "tiny"), rank_max=16, base=BASE)
 MODULE = f"{PREFIX}.0.self_attn.q_proj"
@@ -110,6 +112,16 @@ REFUSED: list[tuple[Change, str]] = [
         "init_lora_weights is 'pissa_niter_4', which changes the base model's weights; allowed are",
     ),
     (lambda d: d.config.update(alpha_pattern={"q_proj": "8"}), "alpha_pattern[...]: Expected `"),
+    (lambda d: d.config.update(lora_alpha=10**400), "lora_alpha is 1000"),
+    (lambda d: d.config.update(lora_alpha=math.nan), "lora_alpha is nan; at most 1,000,000,000 is"),
+    (lambda d: d.config.update(alpha_pattern={"q": math.inf}), "alpha_pattern is inf; at most 1,"),
+    (lambda d: d.config.update(r=10**400), "its rank is 1000"),
+    (lambda d: d.config.update(rank_pattern={"(": 8}), "rank_pattern has '(', which is no regular"),
+    (lambda d: d.config.update(rank_pattern={"a*" * 300: 8}), "rank_pattern has 'a*a*"),
+    (
+        lambda d: d.config.update(rank_pattern={f"a*{n}": 8 for n in range(300)}),
+        "rank_pattern has 300 regular expressions; at most 256 are allowed",
+    ),
 ]  # fmt: skip
 
 
@@ -340,7 +352,7 @@ def write_base(folder: Path, config: dict[str, Any], *files: Shapes) -> Path:
     index: dict[str, str] = {}
     for number, tensors in enumerate(files):
         name = f"model-{number}.safetensors"
-        sized = {key: (shape, bytes(4 * prod(shape))) for key, shape in tensors.items()}
+        sized = {key: (shape, bytes(4 * math.prod(shape))) for key, shape in tensors.items()}
         (folder / name).write_bytes(safetensors(sized))
         index |= dict.fromkeys(tensors, name)
     if len(files) > 1:
@@ -443,6 +455,29 @@ def test_a_base_model_that_cannot_be_read_is_named(tmp_path: Path, file: str, te
     (folder / file).write_text(text)
     with pytest.raises(BaseModelError, match=file.replace(".", r"\.")):
         read_base_model(folder)
+
+
+@pytest.mark.parametrize("variable", ["HF_HOME", "HF_HUB_CACHE"])
+def test_a_model_of_the_hub_is_found_in_its_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    for name in ("HF_HOME", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(tmp_path))
+    hub = tmp_path / "hub" if variable == "HF_HOME" else tmp_path
+    model = hub / "models--org--llama"
+    commit = model / "snapshots" / "abc123"
+    commit.mkdir(parents=True)
+    write_base(commit, LLAMA)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("abc123")
+    assert folder_of("org/llama") == folder_of("org/llama", "abc123") == commit
+    assert read_base_model(folder_of("org/llama", "other"))[0] == BaseModel()
+    assert folder_of("org/llama", "../..") == Path("org/llama")
+    assert folder_of(str(model)) == model
+    text = "llm_configs:\n  - model_loading_config: {model_id: m, model_source: org/llama}\n"
+    [llm] = parse(text, name="c", folder=tmp_path).llm_configs
+    assert adapter_rules(llm).base.shapes == LLAMA_SHAPES
 
 
 def test_what_is_no_folder_is_not_known() -> None:

@@ -163,13 +163,15 @@ class Cluster:
         policy: str = "affinity",
         eviction: Eviction = Eviction.LRU,
         seed: int = 0,
-        quotas: Mapping[str, Quota] | None = None,
+        quotas: Mapping[str, Quota] | Quotas | None = None,
         **settings: Any,  # noqa: ANN401
     ) -> None:
         self.loader = loader or FakeLoader()
         self.log = Log()
         self.policy = POLICIES[policy](Random(seed))
-        self.quotas = Quotas(quotas or {}, asyncio.get_running_loop().time())
+        if not isinstance(quotas, Quotas):
+            quotas = Quotas(quotas or {}, asyncio.get_running_loop().time())
+        self.quotas = quotas
         self.router = Router(
             Fleet("base"),
             self.policy,

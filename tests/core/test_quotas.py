@@ -157,3 +157,16 @@ def test_a_job_is_charged_to_its_tenant_and_to_its_other_accounts() -> None:
         await cluster.use(None, **job)
 
     simulate(main())
+
+
+def test_routers_that_share_quotas_share_their_limits() -> None:
+    async def main() -> None:
+        one = Cluster(quotas={"team": Quota(requests_per_minute=2)})
+        other = Cluster(quotas=one.quotas)
+        await one.use(None, tenant="team")
+        await other.use(None, tenant="team")
+        for cluster in (one, other):
+            with pytest.raises(Rejected, match="over its quota"):
+                await cluster.use(None, tenant="team")
+
+    simulate(main())
