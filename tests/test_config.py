@@ -165,7 +165,7 @@ BAD = [
     ),
     (
         HEAD + LORA + "      pinned_adapters: [a, b]\n      preload_adapters: [b, c, d, e]\n",
-        "c.yaml:8: 5 adapters are to be pinned or preloaded, but all workers have 4 slots; name fewer, ",
+        "c.yaml:8: 5 adapters are to be pinned or preloaded, but all workers have 4 slots; name few",
     ),
     (
         HEAD + LORA + "      preload_adapter: [a]\n",

@@ -114,10 +114,8 @@ async def test_a_body_that_cannot_be_taken_is_refused(
 async def test_what_is_no_post_has_no_body() -> None:
     async with plane(always(OK), lifecycle=StandIn(MODEL)) as made:
         client = await made.client()
-        client.send(
-            b"GET /admin/v1/workers HTTP/1.1\r\nhost: a\r\n%b\r\ncontent-length: 7\r\n\r\nGET /x "
-            % OPERATOR
-        )
+        head = b"GET /admin/v1/workers HTTP/1.1\r\nhost: a\r\ncontent-length: 7\r\n%b\r\n\r\n"
+        client.send(head % OPERATOR + b"GET /x ")
         reply = await client.reply("GET")
         assert reply.status == 200
         await client.closed()
