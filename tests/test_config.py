@@ -173,6 +173,22 @@ BAD = [
         "c.yaml:3: explain_sample: Expected `float` <= 1",
     ),
     (
+        HEAD + LORA + "      preload_adapters: [a, 'base:b']\n",
+        "c.yaml:7: `base:b` can be no adapter's name; write it without its base model, in letters, ",
+    ),
+    (
+        HEAD + LORA + "      pinned_adapters:\n      - a\n      - ../b\n",
+        "c.yaml:9: `../b` can be no adapter's name; write it without its base model",
+    ),
+    (
+        HEAD + LORA + "      pinned_adapters: [a, b]\n      preload_adapters: [b, c, d, e]\n",
+        "c.yaml:8: 5 adapters are to be pinned or preloaded, but all workers have 4 slots; name few",
+    ),
+    (
+        HEAD + LORA + "      preload_adapter: [a]\n",
+        "c.yaml:7: unknown key `preload_adapter`; did you mean `preload_adapters`?",
+    ),
+    (
         HEAD + LORA + "      pinned_adapters: [a, b, c, d, a]\n",
         "c.yaml:7: 4 pinned_adapters leave none of the 4 slots for others; pin at most 3, or raise",
     ),
@@ -264,3 +280,20 @@ CONFIGS = [path for path in sorted(FOLDER.glob("*.yaml")) if path.name != "keys.
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_shipped_configuration_loads(path: Path) -> None:
     assert load(path).llm_configs
+
+
+def test_what_is_loaded_at_the_start_fits_the_workers() -> None:
+    text = HEAD + LORA + "      pinned_adapters: [a]\n      preload_adapters: [a, b, c, d]\n"
+    lora = read(text).llm_configs[0].lora_config
+    assert lora is not None
+    assert (lora.pinned_adapters, lora.preload_adapters) == (("a",), ("a", "b", "c", "d"))
+    more = text.replace("d]", "d, e]")
+    scaling = "    deployment_config: {autoscaling_config: {min_replicas: 2, max_replicas: 2}}\n"
+    with pytest.raises(ConfigError, match="5 adapters are to be pinned or preloaded"):
+        read(more)
+    assert read(more + scaling).llm_configs[0].replicas == 2
+
+
+def test_the_admin_key_has_a_variable_of_its_own() -> None:
+    assert read(HEAD).router.admin_key_env == "LORAYARD_ADMIN_KEY"
+    assert read(HEAD + "router: {admin_key_env: OPS}\n").router.admin_key_env == "OPS"

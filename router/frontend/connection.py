@@ -458,7 +458,7 @@ class ClientConnection:
         """Give the connection to the application, for this request."""
         assert self._transport is not None
         encoding = request.get(b"content-encoding")
-        if encoding is not None:
+        if encoding is not None and request.takes_body:
             try:
                 request.body = unpacked(request.body, encoding, HEAD_MAX_BYTES)
             except ApiError as error:

@@ -79,6 +79,11 @@ class Request:
         )
 
     @property
+    def takes_body(self) -> bool:
+        """Whether a page may want its body; of no other request is one looked at."""
+        return self.method == b"POST"
+
+    @property
     def needs_client_key(self) -> bool:
         """Whether it is refused at once without one. What is for operators takes another key."""
         return self.path.startswith(PASSED_ON) and self.path not in FOR_OPERATORS
@@ -133,10 +138,10 @@ class Request:
         self._first = {}
 
     def for_application(self) -> bytes:
-        """What a page needs of it, as the last one on its connection. A body is taken by POST alone."""
+        """What a page needs of it, as the last one on its connection."""
         lines = [b"%b %b HTTP/1.1\r\nhost: router\r\n" % (self.method, self.target)]
         lines += [b"%b: %b\r\n" % field for field in self.fields if field[0] in FOR_APPLICATION]
-        body = self.body if self.method == b"POST" else b""
+        body = self.body if self.takes_body else b""
         if body:
             lines.append(b"content-length: %d\r\n" % len(body))
         lines.append(b"x-request-id: %b\r\nconnection: close\r\n\r\n" % self.id.encode())

@@ -25,10 +25,12 @@ from router.core.job import AdapterRef, AdapterUse, LoadError, Outcome
 from router.core.policies import POLICIES
 from router.core.quotas import Quotas
 from router.core.router import Router
+from router.frontend.admin_key import AdminKey
 from router.frontend.auth import Keys
 from router.frontend.connection import ClientConnection
 from router.frontend.models import Models
 from router.frontend.service import Frontend
+from router.lifecycle.words import Lifecycle
 from router.model import ModelService
 from router.part import bound
 from router.telemetry.metrics import Metrics
@@ -40,6 +42,7 @@ Test = Callable[P, Coroutine[Any, Any, None]]
 LIMIT_S = 15.0  # of a test
 PATIENCE_S = 10.0  # for what is to come at once
 MODEL = "base"
+ADMIN_KEY = "operators-only"
 BODY = b'{"model": "base"}'
 
 
@@ -353,6 +356,7 @@ class MadeUpModel:
         self.catalog = None
         self.endings: list[tuple[AdapterRef | None, AdapterUse | None, bool]] = []
         self.ready = True
+        self.lifecycle: Lifecycle | None = None
         self.llm = SimpleNamespace(model_loading_config=SimpleNamespace(source="made-up"))
         self.absent: set[str] = set()
         self.lookups: list[str] = []
@@ -373,7 +377,13 @@ class MadeUpModel:
 class Plane:
     """One front end, and its workers."""
 
-    def __init__(self, config: RouterConfig, max_ongoing: int, keys: list[str]) -> None:
+    def __init__(
+        self,
+        config: RouterConfig,
+        max_ongoing: int,
+        keys: list[str],
+        lifecycle: Lifecycle | None = None,
+    ) -> None:
         self.metrics = Metrics()
         self.pool = MadeUpPool()
         self.quotas = Quotas(config.quotas, asyncio.get_running_loop().time())
@@ -386,9 +396,11 @@ class Plane:
         )
         self.router.set_observer(self.metrics.watch(MODEL, self.router))
         self.model = MadeUpModel(self.pool, self.router)
+        self.model.lifecycle = lifecycle
         model = cast("ModelService", self.model)
         self.keys = Keys(keys, anyone=not keys)
-        self.frontend = Frontend(Models([model]), config, self.metrics, self.keys)
+        admin_key = AdminKey([ADMIN_KEY]) if lifecycle is not None else None
+        self.frontend = Frontend(Models([model]), config, self.metrics, self.keys, None, admin_key)
         self.workers: list[ScriptedWorker] = []
         self.clients: list[Client] = []
         self.port = 0
@@ -502,10 +514,14 @@ async def plane(
     max_ongoing: int = 64,
     unix: Path | None = None,
     keys: list[str] | None = None,
+    lifecycle: Lifecycle | None = None,
     **settings: Any,  # noqa: ANN401
 ) -> AsyncIterator[Plane]:
-    """A data plane before a worker for each script; `settings` are of `RouterConfig`."""
-    made = Plane(RouterConfig(**settings), max_ongoing, keys or [])
+    """A data plane before a worker for each script; `settings` are of `RouterConfig`.
+
+    With a `lifecycle` it is administered, with `ADMIN_KEY`.
+    """
+    made = Plane(RouterConfig(**settings), max_ongoing, keys or [], lifecycle)
     await made.start(scripts, unix)
     try:
         yield made
