@@ -62,8 +62,8 @@ def main() -> None:
             found = data["cold"] = cold(folder / "cold", arguments)
             rows += cold_rows(found)
         if arguments.only != "cold":
-            found = data["many"] = many(folder / "many", arguments.rounds)
-            rows += many_rows(found)
+            counted = data["many"] = many(folder / "many", arguments.rounds)
+            rows += many_rows(counted)
     report(
         f"Adapters: cold, and many ({arguments.engine} engine)",
         ("case", "median", "least", "most", "goal"),

@@ -137,6 +137,7 @@ class _Watching:
         self._clock = clock
         self._ledger = ledger
         self.evicted = ledger.evicted
+        self.fetch_ended = ledger.fetch_ended
         self.unload_ended = ledger.unload_ended
 
     def decided(self, job: Job, decision: Decision, evicting: AdapterRef | None) -> None:

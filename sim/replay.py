@@ -159,6 +159,9 @@ class _Ledger:
     def evicted(self, worker: Worker, adapter: AdapterRef) -> None:  # noqa: ARG002
         self.tally[worker.id].evictions += 1
 
+    def fetch_ended(self, adapter: AdapterRef, fetch_s: float, error: LoadError | None) -> None:
+        """Not a decision."""
+
     def unload_ended(
         self,
         worker: Worker,

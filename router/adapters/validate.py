@@ -86,11 +86,8 @@ def adapter_rules(llm: LLMConfig) -> AdapterRules:
     return AdapterRules(tuple(names), rank_max, base, bytes_max)
 
 
-def check_listing(adapter: StoredAdapter, rules: AdapterRules | None = None) -> None:
-    """Refuse from the list of files what need not be downloaded. Raises `InvalidAdapterError`.
-
-    With `rules` also what is too large.
-    """
+def check_listing(adapter: StoredAdapter, rules: AdapterRules) -> None:
+    """Refuse from the list of files what need not be downloaded. Raises `InvalidAdapterError`."""
     for file in adapter.files:
         if "/" in file.name or "\\" in file.name or file.name in {"", ".", ".."}:
             raise InvalidAdapterError(
@@ -98,8 +95,7 @@ def check_listing(adapter: StoredAdapter, rules: AdapterRules | None = None) -> 
             )
     weights = adapter.file(WEIGHTS_FILE)
     if weights is not None:
-        if rules is not None:
-            _check_size(f"adapter {adapter.name}: ", weights.size, rules)
+        _check_size(f"adapter {adapter.name}: ", weights.size, rules)
         return
     pickles = [file.name for file in adapter.files if file.name.endswith(PICKLES)]
     if pickles:

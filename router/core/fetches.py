@@ -9,16 +9,17 @@ from functools import partial
 
 from router.core.fleet import Fleet
 from router.core.job import AdapterRef, Job, LoadError, LoadFault
-from router.core.ports import Loader
+from router.core.ports import Loader, Observer
 
 
 class Fetches:
     """Those under way for one fleet."""
 
-    def __init__(self, fleet: Fleet, loader: Loader) -> None:
+    def __init__(self, fleet: Fleet, loader: Loader, observer: Observer) -> None:
         self._loop = asyncio.get_running_loop()
         self._fleet = fleet
         self._loader = loader
+        self.observer = observer
         self._tasks: dict[AdapterRef, asyncio.Task[None]] = {}
         self._waiters: dict[AdapterRef, dict[asyncio.Future[None], None]] = {}
         self.waiting = 0  # jobs that wait for one
@@ -38,7 +39,7 @@ class Fetches:
         if adapter not in self._tasks:
             task = self._loop.create_task(self._loader.fetch(adapter))
             self._tasks[adapter] = task
-            task.add_done_callback(partial(self._ended, adapter))
+            task.add_done_callback(partial(self._ended, adapter, self._loop.time()))
         done: asyncio.Future[None] = self._loop.create_future()
         self._waiters.setdefault(adapter, {})[done] = None
         self.waiting += 1
@@ -64,7 +65,7 @@ class Fetches:
         everyone = (done for waiters in self._waiters.values() for done in waiters)
         return [done for done in everyone if not done.done()]
 
-    def _ended(self, adapter: AdapterRef, task: "asyncio.Task[None]") -> None:
+    def _ended(self, adapter: AdapterRef, began: float, task: "asyncio.Task[None]") -> None:
         del self._tasks[adapter]
         error: LoadError | None
         if task.cancelled():
@@ -76,6 +77,7 @@ class Fetches:
             error = failure
         else:
             error = LoadError(LoadFault.STORE_UNAVAILABLE, f"{type(failure).__name__}: {failure}")
+        self.observer.fetch_ended(adapter, self._loop.time() - began, error)
         for done in self._waiters.pop(adapter, {}):
             if done.done():
                 continue

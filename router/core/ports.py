@@ -40,6 +40,9 @@ class Observer(Protocol):
     def waits(self, job: Job, decision: Decision) -> None:
         """A job has to wait; the decision says why."""
 
+    def fetch_ended(self, adapter: AdapterRef, fetch_s: float, error: LoadError | None) -> None:
+        """An adapter came to this host, or not, `fetch_s` seconds after it was first wanted."""
+
     def load_ended(
         self, worker: Worker, adapter: AdapterRef, load_s: float, error: LoadError | None
     ) -> None:
@@ -59,6 +62,9 @@ class NoObserver:
         """Do nothing."""
 
     def waits(self, job: Job, decision: Decision) -> None:
+        """Do nothing."""
+
+    def fetch_ended(self, adapter: AdapterRef, fetch_s: float, error: LoadError | None) -> None:
         """Do nothing."""
 
     def load_ended(

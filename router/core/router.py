@@ -84,7 +84,7 @@ class Router:
         fleet.tenants.weigh(weights or {})
         self._quotas = quotas or Quotas({}, self.loop.time())
         self._drain_rate = DrainRate()
-        self._fetches = Fetches(fleet, loader)
+        self._fetches = Fetches(fleet, loader, self._observer)
         self._loads = Loads(fleet, loader, self._observer, self._load_ended)
         self._departures = Departures(
             fleet, loader, self._observer, wanted=self._wanted, ended=self._drain
@@ -126,7 +126,8 @@ class Router:
 
     def set_observer(self, observer: Observer) -> None:
         """Tell another observer from now on."""
-        self._observer = self._loads.observer = self._departures.observer = observer
+        self._observer = self._fetches.observer = observer
+        self._loads.observer = self._departures.observer = observer
 
     # For those who know the workers.
 

@@ -116,6 +116,9 @@ class Metrics:
             ("reason",),
             registry=self.registry,
         )
+        self.fetch_s = self._histogram(
+            "lorayard_adapter_fetch_seconds", "Wanted to on this host's disk, where it was not."
+        )
         self.load_s = self._histogram(
             "lorayard_adapter_load_seconds", "Decision to resident, of loads that succeeded."
         )
@@ -220,6 +223,16 @@ class RouterObserver:
     def waits(self, job: Job, decision: Decision) -> None:  # noqa: ARG002
         """Count the reason; how many wait is a gauge."""
         self._metrics.waits.add((self._model, decision.reason))
+
+    def fetch_ended(
+        self,
+        adapter: AdapterRef,  # noqa: ARG002
+        fetch_s: float,
+        error: LoadError | None,
+    ) -> None:
+        """Count its time where it succeeded."""
+        if error is None:
+            self._metrics.fetch_s.labels(self._model).observe(fetch_s)
 
     def load_ended(
         self,

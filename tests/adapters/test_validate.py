@@ -100,7 +100,7 @@ def test_a_sound_adapter_passes_and_its_facts_are_told(tmp_path: Path) -> None:
 def test_pickles_are_refused_unread(files: list[str], message: str) -> None:
     listed = StoredAdapter("x", "1", "1", tuple(StoredFile(name, 1, "") for name in files))
     with pytest.raises(InvalidAdapterError) as error:
-        check_listing(listed)
+        check_listing(listed, RULES)
     assert str(error.value).startswith(f"adapter x: {message}")
 
 

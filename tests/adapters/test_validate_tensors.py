@@ -286,11 +286,11 @@ def test_what_is_too_large_is_refused_before_it_is_downloaded(tmp_path: Path) ->
         StoredFile("adapter_config.json", 9, ""),
         StoredFile(WEIGHTS_FILE, 3 * 2**20, ""),
     ]
-    listed = StoredAdapter("x", "1", tuple(files))
+    listed = StoredAdapter("x", "1", "1", tuple(files))
     message = r"has 3\.0 MiB; lora_config\.max_adapter_mib is 2$"
     with pytest.raises(InvalidAdapterError, match=message):
         check_listing(listed, rules)
-    check_listing(listed)
+    check_listing(listed, AdapterRules(("tiny",), 16))
     folder = Draft().write(tmp_path)
     os.truncate(folder / "adapter_model.safetensors", 3 * 2**20)
     with pytest.raises(InvalidAdapterError, match=message):
@@ -301,7 +301,7 @@ def test_what_is_too_large_is_refused_before_it_is_downloaded(tmp_path: Path) ->
 def test_a_file_that_is_not_in_the_folder_is_refused(name: str) -> None:
     files = (StoredFile(WEIGHTS_FILE, 9, ""), StoredFile(name, 9, ""))
     with pytest.raises(InvalidAdapterError, match="is no name of a file in its folder"):
-        check_listing(StoredAdapter("x", "1", files))
+        check_listing(StoredAdapter("x", "1", "1", files), RULES)
 
 
 # Whatever is in the files.

@@ -130,6 +130,7 @@ class Log:
         self.waited: list[tuple[str, Decision]] = []
         self.evictions: list[tuple[str, str]] = []
         self.loads: list[tuple[str, str, LoadError | None]] = []
+        self.fetches: list[tuple[str, float, LoadError | None]] = []
         self.unloads: list[tuple[str, str, LoadError | None]] = []
 
     def decided(self, job: Job, decision: Decision, evicting: AdapterRef | None) -> None:
@@ -145,6 +146,9 @@ class Log:
 
     def evicted(self, worker: Worker, adapter: AdapterRef) -> None:
         self.evictions.append((worker.id, adapter.name))
+
+    def fetch_ended(self, adapter: AdapterRef, fetch_s: float, error: LoadError | None) -> None:
+        self.fetches.append((adapter.name, fetch_s, error))
 
     def unload_ended(self, worker: Worker, adapter: AdapterRef, error: LoadError | None) -> None:
         self.unloads.append((worker.id, adapter.name, error))

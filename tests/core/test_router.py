@@ -219,6 +219,7 @@ def test_the_adapter_is_fetched_before_a_worker_is_chosen() -> None:
         await cluster.use("a", hold_s=1)
         await asyncio.gather(*slow)
         assert [call[1] for call in cluster.loader.calls] == ["a", "b"]
+        assert cluster.log.fetches == [("b", 30.0, None)]
         cluster.assert_at_rest()
 
     simulate(main())

@@ -42,9 +42,7 @@ def operate(deployment: Deployment, path: str, **body: Any) -> tuple[int, Any]: 
 
 
 def show(deployment: Deployment, model: str) -> dict[str, Any]:
-    status, _, answer = deployment.get(
-        f"/admin/v1/adapters/{model}", authorization=f"Bearer {KEY}"
-    )
+    status, _, answer = deployment.get(f"/admin/v1/adapters/{model}", authorization=f"Bearer {KEY}")
     assert status == 200, answer
     return dict(answer)
 
@@ -226,9 +224,7 @@ def over(shop: Shop, folder: Path, **changes: Any) -> Iterator[Deployment]:  # n
         yield deployment
 
 
-def test_a_cold_burst_over_two_processes_fetches_each_file_once(
-    shop: Shop, tmp_path: Path
-) -> None:
+def test_a_cold_burst_over_two_processes_fetches_each_file_once(shop: Shop, tmp_path: Path) -> None:
     async def burst(deployment: Deployment) -> list[Answer]:
         async with session(deployment) as client:
             return list(await asyncio.gather(*(ask(client, PIRATE) for _ in range(64))))

@@ -27,7 +27,7 @@ def tally(failures: int, requests: int) -> Tally:
         ((500, 1000), (30, 1000), True),
     ],
 )
-def test_worse(new: tuple[int, int], rest: tuple[int, int], worse: bool) -> None:  # noqa: FBT001
+def test_worse(new: tuple[int, int], rest: tuple[int, int], worse: bool) -> None:
     assert is_worse(tally(*new), tally(*rest)) is worse
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import yaml
 
+from router.adapters.transfer import Downloads
 from router.config import parse
 from router.core.job import AdapterRef, Job
+from router.core.quotas import Quotas
 from router.model import ModelService
 from router.telemetry.metrics import Metrics
 
@@ -38,7 +40,10 @@ async def attached(
 ) -> AsyncIterator[ModelService]:
     """The model's service, its workers attached."""
     config = parse(config_text(folder, store, urls, slots), name="test.yaml", folder=folder)
-    service = ModelService(config.llm_configs[0], config.router, Metrics())
+    settings = config.router
+    quotas = Quotas(settings.quotas, asyncio.get_running_loop().time())
+    downloads = Downloads(settings.download_connections)
+    service = ModelService(config.llm_configs[0], settings, Metrics(), downloads, quotas)
     await service.start()
     try:
         async with asyncio.timeout(20):

@@ -156,10 +156,10 @@ async def test_an_operators_drain_outlives_a_worker_that_speaks_again(
     async with bench(tmp_path, store) as made:
         [service] = made.routers
         router, worker = service.router, made.worker()
-        assert service.pool.drain(WORKER)
+        service.pool.drain(WORKER, draining=True)
         router.hold(worker, Hold.SILENT, held=True)
         router.hold(worker, Hold.SILENT, held=False)  # as the pool does
         assert not service.ready
         assert not router.warm(worker, await adapter_of(service, "a"))
-        assert service.pool.undrain(WORKER)
+        service.pool.drain(WORKER, draining=False)
         assert service.ready

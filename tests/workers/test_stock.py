@@ -65,18 +65,19 @@ async def test_each_version_is_loaded_under_its_own_name_from_its_own_folder(
     async with bench(tmp_path, store) as made:
         old = await made.ref("a")
         await use(made.service, old)
+        (old_folder,) = made.server.adapters.values()
         write_adapter(store / "a", seed=9)
-        assert made.service.catalog is not None
-        await made.service.catalog.refresh()
+        await made.service.lifecycle.refresh("a")
         new = await made.ref("a")
         assert new != old
         await use(made.service, new)
-        assert list(made.server.adapters) == [name_of(old), name_of(new)]
-        assert len(set(made.server.adapters.values())) == 2
-        assert made.holds(old)
-        assert made.holds(new)
-        made.router.retire(old)
         await until(lambda: list(made.server.adapters) == [name_of(new)], "the old one has left")
+        assert made.server.calls == [
+            ("load", name_of(old)),
+            ("load", name_of(new)),
+            ("unload", name_of(old)),
+        ], "the new one beside the old one, which leaves when it is idle"
+        assert made.server.adapters[name_of(new)] != old_folder
         await made.polls()
         assert not made.holds(old)
         assert made.holds(new)
@@ -159,6 +160,7 @@ async def test_what_another_router_has_loaded_from_the_same_folder_is_loaded(
         attached(tmp_path / "cache", store, [server.url]) as other,
     ):
         a = await adapter_of(one, "a")
+        assert await adapter_of(other, "a") == a
         server.may_load.clear()
         both = asyncio.gather(*(use(service, a) for service in (one, other)))
         await until(lambda: len(server.calls) == 2, "both load it")
@@ -225,9 +227,8 @@ async def test_a_server_that_cannot_load_says_what_to_start_it_with(
 async def test_a_drain_outlives_a_restart(tmp_path: Path, store: Path) -> None:
     async with bench(tmp_path, store) as made:
         pool, worker_id = made.service.pool, f"{MODEL}-0"
-        assert not pool.drain("nobody")
-        assert not pool.undrain(worker_id)
-        assert pool.drain(worker_id)
+        pool.drain(worker_id, draining=True)
+        assert pool.draining == (worker_id,)
         before = made.router.fleet.get(worker_id)
         assert before is not None
         assert not before.accepting
@@ -236,6 +237,6 @@ async def test_a_drain_outlives_a_restart(tmp_path: Path, store: Path) -> None:
         await until(lambda: made.router.fleet.get(worker_id) not in {before, None}, "it is anew")
         assert made.router.fleet.ready == []
         assert pool.draining == (worker_id,)
-        assert pool.undrain(worker_id)
+        pool.drain(worker_id, draining=False)
         assert made.service.ready
         await use(made.service, await made.ref("a"))
