@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ADAPTERS, MODEL, chat_body, config_for
+from conftest import ADAPTERS, MODEL, config_for
 from deployment import Deployment, deployed, wait_until
 
 pytestmark = pytest.mark.processes
@@ -17,6 +17,10 @@ KEYS = {"LORAYARD_ADMIN_KEY": "operators-only", "LORAYARD_API_KEYS": "clients-on
 OPERATOR = {"Authorization": "Bearer operators-only"}
 CLIENT = {"Authorization": "Bearer clients-only"}
 FIRST = f"{MODEL}:{ADAPTERS[0]}"
+
+
+def chat_body(model: str) -> dict[str, Any]:
+    return {"model": model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
 
 
 def adapters_command(deployment: Deployment, *arguments: str) -> Any:  # noqa: ANN401
