@@ -184,6 +184,18 @@ class WorkerPool:
         client = self._clients.get(worker.id)
         if client is None:
             raise LoadError(LoadFault.WORKER, f"worker {worker.id} is gone")
+        assert self._adapters is not None
+        cache = self._adapters.cache
+        # From here on no other adapter's download may have it removed, until the engine has read it.
+        cache.hold(adapter.name, adapter.version)
+        try:
+            return await self._load(client, worker, adapter, evict)
+        finally:
+            cache.let_go(adapter.name, adapter.version)
+
+    async def _load(
+        self, client: WorkerClient, worker: Worker, adapter: AdapterRef, evict: AdapterRef | None
+    ) -> int:
         folder = await self._folder_of(adapter)
         leaves = worker.slots.get(evict) if evict is not None else None
         # The core lets one leave that others use only for who has waited too long.
