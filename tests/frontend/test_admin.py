@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 import pytest
 from administered import KEY, NEXT, SERVING, Administered, StandIn, administered
+from deployment import wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -278,12 +279,9 @@ def test_who_leaves_does_not_undo_what_was_begun(
     assert server.get("/workers").status == 200
     server.loop.call_soon_threadsafe(lifecycle.gate.set)
     lifecycle.gate = None
-    while not server.get(SQL).json["pinned"]:
-        pass
-    assert server.administration is not None
-    assert server.get("/workers").status == 200
-    assert not server.administration._under_way
-    assert "pin_adapter org/base:sql {} by 127.0.0.1: done" in caplog.text
+    done = "pin_adapter org/base:sql {} by 127.0.0.1: done"
+    wait_until(lambda: done in caplog.text, "the operation has ended")
+    assert server.get(SQL).json["pinned"]
 
 
 def test_operations_under_way_are_bounded(server: Administered) -> None:
@@ -295,8 +293,7 @@ def test_operations_under_way_are_bounded(server: Administered) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
         connection.request("POST", f"/admin/v1{SQL}/warm", headers=headers)
         connections.append(connection)
-    while len(lifecycle.log) < UNDER_WAY_MAX:
-        assert server.get("/workers").status == 200
+    wait_until(lambda: len(lifecycle.log) == UNDER_WAY_MAX, "all are under way")
     reply = server.post(f"{SQL}/warm")
     assert (reply.status, reply.json["error"]["code"]) == (503, "busy")
     assert reply.headers["retry-after"] == "5"
