@@ -1,9 +1,9 @@
 """How fast adapters come from S3: this transfer beside the AWS command line, s5cmd and boto3's own.
 
 All read from one server on loopback, `rclone serve s3`, which serves files from disk and is not what
-is measured: moto's server, in Python, gives 0.2 GB/s to anybody. Each contender takes its turn in every round,
-and what it wrote is compared with what is in the store. The command lines pay for their start; so does
-"lorayard, a process", and the other two rows are what a process that runs already takes.
+is measured: moto's server, in Python, gives 0.2 GB/s to anybody. Each contender takes its turn in every
+round, and what it wrote is compared with what is in the store. The command lines pay for their start;
+so does "lorayard, a process", and the other two rows are what a process that runs already takes.
 """
 
 import filecmp
