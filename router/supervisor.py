@@ -98,8 +98,8 @@ def _share(tenant: TenantConfig, count: int) -> TenantConfig:
 async def supervise(config: Config, log_level: str) -> None:
     """Serve with several processes until SIGTERM or SIGINT.
 
-    Raises `OSError` where the port cannot be had, `ConfigError` where the file of keys cannot be used or
-    a key is a client's and an operator's, `WorkerStartError` where a worker does not come up, and
+    Raises `OSError` where the port cannot be had, `ConfigError` where the file of keys cannot be used
+    or a key is a client's and an operator's, `WorkerStartError` where a worker does not come up, and
     `PartStartError` where a router process does not.
     """
     stop, hurry = listen_for_signals()
