@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 # scheme -> (what the rest must look like, what to write)
 KINDS: Final = {
-    # Of S3 itself older buckets, and those of other servers, may have more than the letters of new ones.
+    # Old buckets of S3 itself, and other servers', have letters that a new one may not have.
     "s3": (r"[A-Za-z0-9][A-Za-z0-9._-]+(/[^?#]*)?(\?.*)?", "s3://BUCKET/PREFIX"),
     "gs": (r"[a-z0-9][a-z0-9._-]+(/[^?#]*)?", "gs://BUCKET/PREFIX"),
     "az": (r"[a-z0-9$][a-z0-9-]*(/[^?#]*)?", "az://CONTAINER/PREFIX"),
