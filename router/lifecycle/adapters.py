@@ -24,7 +24,7 @@ from router.lifecycle.alias import Alias, followed, rolled_back
 from router.lifecycle.following import Following
 from router.lifecycle.names import Names
 from router.lifecycle.presence import Presence
-from router.lifecycle.registry import News
+from router.lifecycle.registry import News, RegistryError
 from router.lifecycle.sources import Sources
 from router.lifecycle.spread import Spread
 from router.lifecycle.usage import Usages
@@ -96,7 +96,7 @@ class Adapters:
         `afresh` looks into the store even for what is known: it was found to have changed there.
         """
         if SPLITTER in name:
-            return await self._find_version(name)
+            return await self._find_version(name, afresh=afresh)
         if not afresh and (known := self.names.named(name, user)) is not None:
             return known
         stored = await self.catalog.find(name, afresh=afresh)
@@ -138,14 +138,17 @@ class Adapters:
                     return slot.adapter.version
         return ""
 
-    async def _find_version(self, name_at_version: str) -> AdapterRef | None:
+    async def _find_version(self, name_at_version: str, *, afresh: bool) -> AdapterRef | None:
         name, _, version = name_at_version.partition(SPLITTER)
         if not VERSION.fullmatch(version):
             return None
-        serving = await self.find(name)
-        if serving is None or serving.version == version:
-            return serving
+        if afresh:
+            await self.catalog.find(name, afresh=True)
+        elif await self.find(name) is None:
+            return None
         adapter = self.names.ref(name, version)
+        if self.names.serving(name) == adapter and not afresh:
+            return adapter
         return adapter if self.stored(adapter) is not None else None
 
     def stored(self, adapter: AdapterRef) -> StoredAdapter | None:
@@ -183,7 +186,7 @@ class Adapters:
 
         try:
             alias = await self._spread.change(name, step)
-        except LifecycleError as error:
+        except (LifecycleError, RegistryError) as error:
             log.warning("%s: %s fails, and stays: %s", self.names.id(name), version, error)
         else:
             log.warning("%s: %s", self.names.id(name), alias.message)
