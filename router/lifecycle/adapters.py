@@ -63,6 +63,7 @@ class Adapters:
         self._loop = asyncio.get_running_loop()
         self._tasks: dict[asyncio.Task[None], None] = {}
         self._preloads = False
+        self._compared = False  # what was decided before with what the store has now
         spread.listen(self._take_in)
 
     # From start to end.
@@ -125,7 +126,9 @@ class Adapters:
         def step(alias: Alias) -> Alias:
             if alias.serving != decided:
                 return alias
-            return msgspec.structs.replace(alias, serving=stored.version, message=message)
+            return msgspec.structs.replace(
+                alias, serving=stored.version, revision=stored.revision, message=message
+            )
 
         self._spawn(self._spread.change(name, step))
         return stored.version
@@ -170,6 +173,8 @@ class Adapters:
 
     def ended(self, adapter: AdapterRef | None, use: AdapterUse | None, *, failed: bool) -> None:
         """A request for an adapter, or for the base model alone, has ended."""
+        if adapter is not None and adapter.name not in self.names:
+            adapter = None  # it is gone since, and so is what was known of it
         lost = self.usages.ended(adapter, use, failed=failed, now=self._loop.time())
         if lost is not None:
             assert adapter is not None
@@ -221,6 +226,12 @@ class Adapters:
         for name in changed:
             if name in self.names:
                 self.following.begin(name)
+        if not self._compared:
+            self._compared = True
+            for name in self.names:
+                listed, alias = self.catalog.get(name), self.names.alias(name)
+                if listed is not None and alias.serving and listed.revision != alias.revision:
+                    self.following.begin(name)
         self.following.again()
         if self._preloads:
             self._spawn(self.presence.load())
@@ -259,6 +270,7 @@ class Adapters:
                 alias,
                 serving=alias.serving or was,
                 source=source,
+                revision=stored.revision,
                 refused="",
                 message=f"served from {source}",
                 changed_at=now,
