@@ -82,13 +82,14 @@ $(VENV)/.test: $(VENV)/.core
 	@$(UV) pip install --python $(PY) -q -e '.[test]'
 	@touch $@
 
-# The emulator of Azure's object store. Without npm its tests are skipped, and say so.
-$(VENV)/.azurite:
-	@if command -v npm >/dev/null; then \
-		echo "==> installing Azurite"; \
-		npm install --silent --no-audit --no-fund --no-save --prefix $(VENV)/azurite azurite@3.37; \
-	else echo "==> npm is not installed: the tests of az:// will be skipped"; fi
-	@touch $@
+# The emulator of Azure's object store. Where it cannot be had its tests are skipped, and say so; the
+# next `make` tries again.
+$(VENV)/.azurite: | $(VENV)/bin/uv
+	@if ! command -v npm >/dev/null; then \
+		echo "==> npm is not installed: the tests of az:// will be skipped"; \
+	elif echo "==> installing Azurite" && npm install --silent --no-audit --no-fund --no-save \
+		--prefix $(VENV)/azurite azurite@3.37; then touch $@; \
+	else echo "==> npm cannot install Azurite: the tests of az:// will be skipped"; fi
 
 $(VENV)/.engine-cpu: $(VENV)/.core requirements/overrides.txt
 	@echo "==> installing torch and vLLM for the CPU (3 GB, minutes the first time)"
@@ -107,7 +108,7 @@ test: $(VENV)/.test install-engine lint test-lowest test-fast  ## everything: li
 test-fast: $(VENV)/.test $(VENV)/.azurite  ## all tests that need no vLLM: some minutes
 	$(PY) -m pytest -m "not vllm" $(PARALLEL)
 
-test-lowest: $(VENV)/bin/uv $(VENV)/.core  ## the fast tests on the lowest versions that pyproject.toml allows
+test-lowest: $(VENV)/bin/uv $(VENV)/.core $(VENV)/.azurite  ## the fast tests on the lowest versions that pyproject.toml allows
 	@test -x $(VENV)-lowest/bin/python || $(UV) venv -q --python $(PYTHON) $(VENV)-lowest
 	@$(UV) pip install -q --python $(VENV)-lowest/bin/python --resolution lowest-direct -e '.[test]'
 	$(VENV)-lowest/bin/python -m pytest -q -m "not vllm" $(PARALLEL)

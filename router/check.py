@@ -16,6 +16,7 @@ from router.adapters.validate import (
     check_listing,
 )
 from router.config import Config, LLMConfig, LoraConfig
+from router.frontend.admin_key import AdminKey
 from router.frontend.gate import key_file
 from router.telemetry.record_file import check_path
 
@@ -50,9 +51,12 @@ def check(config: Config, console: Console) -> int:
             f"{prompts} prompts",
             highlight=False,
         )
+    admin_key = AdminKey.from_environment(config.router)
     if (keys := key_file(config.router)) is not None:
-        listed = len(keys.read())
-        console.print(f"{listed} API keys in {keys.path}", highlight=False)
+        listed = keys.read()
+        if admin_key is not None:
+            admin_key.check_clients(listed)
+        console.print(f"{len(listed)} API keys in {keys.path}", highlight=False)
     console.print("ok" if not refused else f"{refused} adapters would be refused", highlight=False)
     return 1 if refused else 0
 

@@ -5,6 +5,7 @@ Anything that is not known is an error: a misspelt key must not be a silent defa
 """
 
 import difflib
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -271,7 +272,7 @@ _CHOICES: Final[dict[str, tuple[str, ...]]] = {
 def load(path: Path) -> Config:
     """Read and check a configuration file. Raises `ConfigError`."""
     text = read_text(path, "configs/quickstart.yaml")
-    return parse(text, name=str(path), folder=path.resolve().parent)
+    return parse(text, name=str(path), folder=path.absolute().parent)
 
 
 def parse(text: str, *, name: str, folder: Path) -> Config:
@@ -442,4 +443,7 @@ def _resolved(config: Config, folder: Path) -> Config:
 
 
 def _absolute(path: str, folder: Path) -> Path:
-    return (folder / Path(path).expanduser()).resolve()
+    """Through no link yet: where one leads may change while the router runs, a mounted secret's does."""
+    if "\0" in path:
+        raise ValueError("it holds a NUL")
+    return Path(os.path.abspath(folder / Path(path).expanduser()))  # noqa: PTH100  (resolves none)

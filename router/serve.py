@@ -46,7 +46,8 @@ async def serve(config: Config, part: Part | None = None) -> None:
     prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
     metrics = Metrics()
     models: list[ModelService] = []
-    gate = Gate(settings, share=1.0 if part is None else 1.0 / part.count)
+    share = 1.0 if part is None else 1.0 / part.count
+    gate = Gate(settings, share=share, admin_key=admin_key)
     recorder: Recorder | None = None
     try:
         await gate.open()

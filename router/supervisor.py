@@ -28,6 +28,7 @@ import msgspec
 from engine_worker.protocol import TOKEN_ENV
 from router.adapters.cache import default_cache_dir
 from router.config import Config, LLMConfig, RouterConfig, TenantConfig
+from router.frontend.admin_key import AdminKey
 from router.frontend.gate import key_file
 from router.part import Part, bound
 from router.stopping import listen_for_signals, until_started
@@ -97,14 +98,18 @@ def _share(tenant: TenantConfig, count: int) -> TenantConfig:
 async def supervise(config: Config, log_level: str) -> None:
     """Serve with several processes until SIGTERM or SIGINT.
 
-    Raises `OSError` where the port cannot be had, `ConfigError` where the file of keys cannot be used,
-    `WorkerStartError` where a worker does not come up, and `PartStartError` where a router process does
-    not.
+    Raises `OSError` where the port cannot be had, `ConfigError` where the file of keys cannot be used
+    or a key is a client's and an operator's, `WorkerStartError` where a worker does not come up, and
+    `PartStartError` where a router process does not.
     """
     stop, hurry = listen_for_signals()
     settings = config.router
+    # Each process looks at its keys; a mistake is told once, and before any worker is started.
+    admin_key = AdminKey.from_environment(settings)
     if (keys := key_file(settings)) is not None:
-        keys.read()  # each process does; a mistake is told once, and before any worker is started
+        listed = keys.read()
+        if admin_key is not None:
+            admin_key.check_clients(listed)
     with contextlib.ExitStack() as held:
         if settings.port:
             # The shared kind can be had beside another of the same user's; this one cannot.

@@ -255,6 +255,24 @@ def test_tenants_become_weights_and_quotas() -> None:
     assert read(HEAD).router.policy == "cost"
 
 
+def test_links_are_followed_when_they_are_used(tmp_path: Path) -> None:
+    """Kubernetes mounts a folder of links, and moves them when what it mounts has changed."""
+    (tmp_path / "2026").mkdir()
+    (tmp_path / "data").symlink_to("2026")
+    (tmp_path / "2026" / "c.yaml").write_text(HEAD + "router: {api_keys_file: keys.yaml}\n")
+    for name in ("c.yaml", "keys.yaml"):
+        (tmp_path / name).symlink_to(f"data/{name}")
+    assert load(tmp_path / "c.yaml").router.api_keys_file == str(tmp_path / "keys.yaml")
+
+
+@pytest.mark.parametrize("bucket", ["my_dynamic_lora_path", "Old.Bucket", "plain-1/pre/fix"])
+def test_what_a_bucket_may_be_called(bucket: str) -> None:
+    text = HEAD + f"    lora_config: {{dynamic_lora_loading_path: 's3://{bucket}'}}\n"
+    [llm] = read(text).llm_configs
+    assert llm.lora_config is not None
+    assert llm.lora_config.dynamic_lora_loading_path == f"s3://{bucket}"
+
+
 def test_relative_folders_are_taken_from_the_files_folder(tmp_path: Path) -> None:
     text = """llm_configs:
   - model_loading_config: {model_id: base, model_source: ../model}

@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 # scheme -> (what the rest must look like, what to write)
 KINDS: Final = {
-    "s3": (r"[a-z0-9][a-z0-9.-]+(/[^?#]*)?(\?.*)?", "s3://BUCKET/PREFIX"),
+    # Old buckets of S3 itself, and other servers', have letters that a new one may not have.
+    "s3": (r"[A-Za-z0-9][A-Za-z0-9._-]+(/[^?#]*)?(\?.*)?", "s3://BUCKET/PREFIX"),
     "gs": (r"[a-z0-9][a-z0-9._-]+(/[^?#]*)?", "gs://BUCKET/PREFIX"),
     "az": (r"[a-z0-9$][a-z0-9-]*(/[^?#]*)?", "az://CONTAINER/PREFIX"),
     "https": (r"[^/?#@\s]+(/[^?#]*)?", "https://HOST/PATH, without a password in it"),

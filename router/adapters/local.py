@@ -43,7 +43,6 @@ class LocalStore:
     def __init__(self, folder: str) -> None:
         self.url = folder
         self._folder = Path(folder)
-        self._root = os.path.realpath(folder)
         self._digests: OrderedDict[tuple[str, int, str], str] = OrderedDict()
         self._refused: dict[str, None] = {}
 
@@ -59,7 +58,7 @@ class LocalStore:
             adapter = stored_adapter(name, self._files(name), exact=False)
             if adapter is not None:
                 found[name] = adapter
-        self._refused = {name: None for name in self._refused if name in names}
+        self._refused = {name: None for name in tuple(self._refused) if name in names}
         return found
 
     def find(self, name: str) -> StoredAdapter | None:
@@ -123,7 +122,11 @@ class LocalStore:
         return files
 
     def _is_inside(self, path: Path) -> bool:
-        return os.path.realpath(path).startswith(self._root + os.sep)
+        return self._leads_inside(os.path.realpath(path))
+
+    def _leads_inside(self, path: str) -> bool:
+        # The folder may be a link itself, and lead elsewhere by now: that is how releases are changed.
+        return path.startswith(os.path.realpath(self._folder) + os.sep)
 
     def _refuse(self, name: str, link: Path) -> Files:
         if name not in self._refused:
@@ -139,7 +142,7 @@ class LocalStore:
 
     def _open(self, name: str, file: StoredFile) -> int:
         path = os.path.realpath(self._folder / name / file.name)
-        if not path.startswith(self._root + os.sep):
+        if not self._leads_inside(path):
             raise self._changed(name)
         try:
             # What a link led to was looked at above: that the last part is none now costs nothing.

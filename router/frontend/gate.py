@@ -15,6 +15,7 @@ from router.config import RouterConfig, TenantConfig
 from router.core.quotas import Quota, Quotas
 from router.document import ConfigError
 from router.frontend.access import Access, Scope
+from router.frontend.admin_key import AdminKey
 from router.frontend.auth import Keys
 from router.key_file import KeyFile
 from router.keys import KeyConfig
@@ -27,17 +28,20 @@ POLL_S: Final = 1.0
 class Gate:
     """The keys of one process and what they may use, kept as the file says.
 
-    `share` is the process's part of the limits, of which others have the rest. To be made inside a
-    running loop.
+    `share` is the process's part of the limits, of which others have the rest. A file that lists the
+    `admin_key` cannot be used. To be made inside a running loop.
     """
 
-    def __init__(self, config: RouterConfig, *, share: float = 1.0) -> None:
+    def __init__(
+        self, config: RouterConfig, *, share: float = 1.0, admin_key: AdminKey | None = None
+    ) -> None:
         given = os.environ.get(config.api_keys_env, "").split(",")
         full = [key for key in map(str.strip, given) if key]
         self._loop = asyncio.get_running_loop()
         self._tenants = config.tenants
         self._tenant_quotas = config.quotas
         self._share = share
+        self._admin_key = admin_key
         self._file = key_file(config)
         self.keys = Keys(full, anyone=not full and self._file is None)
         self.quotas = Quotas(config.quotas, self._loop.time())
@@ -68,7 +72,9 @@ class Gate:
                 log.exception("the API keys are kept as they were")
 
     async def _take(self, listed: Sequence[KeyConfig]) -> None:
-        # In a thread, which lets requests go on between two of ten thousand keys.
+        # In threads, which let requests go on between two of ten thousand keys.
+        if self._admin_key is not None:
+            await asyncio.to_thread(self._admin_key.check_clients, listed)
         given = await asyncio.to_thread(accesses, listed, self._tenants)
         quotas = await asyncio.to_thread(quotas_of, listed, self._share)
         self.keys.replace(given)

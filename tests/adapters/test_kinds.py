@@ -92,6 +92,23 @@ def test_the_folder_itself_may_be_a_link(tmp_path: Path) -> None:
     assert content(store, found(store))
 
 
+def test_the_folder_may_become_a_link_to_another(tmp_path: Path) -> None:
+    """As whole releases of adapters are put in place, at once."""
+    for number, name in enumerate(("old", "new")):
+        write_adapter(tmp_path / name / "a", number)
+    link = tmp_path / "current"
+    link.symlink_to("old")
+    store = open_store(str(link))
+    before = found(store)
+    link.with_name("next").symlink_to("new")
+    link.with_name("next").replace(link)
+    with pytest.raises(AdapterGoneError):
+        content(store, before)
+    after = found(store)
+    assert after.version != before.version
+    assert content(store, after) == (tmp_path / "new" / "a" / WEIGHTS).read_bytes()
+
+
 def test_a_listing_of_a_folder_reads_no_file(tmp_path: Path) -> None:
     for number in range(50):
         write_adapter(tmp_path / f"a{number}")

@@ -119,9 +119,7 @@ def servers(
         case "az":
             command = azurite()
             if command is None:
-                pytest.skip(
-                    "Azurite is not installed: npm, which `make install` has it from, is not"
-                )
+                pytest.skip("Azurite is not installed: `make install` has it from npm")
             with azure_server(command, folder) as url:
                 yield Servers(kind, folder, url)
         case "http":

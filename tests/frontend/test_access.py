@@ -12,10 +12,11 @@ import msgspec
 import pytest
 from plane import MODEL, Asked, Plane, WorkerSide, answer, on_uvloop, plane, post, until
 
-from router.config import RouterConfig, TenantConfig
+from router.config import ConfigError, RouterConfig, TenantConfig
 from router.core.quotas import Charge, Quota, Shortage
 from router.frontend import gate, listing
 from router.frontend.access import FULL, Access, Scope
+from router.frontend.admin_key import AdminKey
 from router.frontend.auth import Keys
 from router.frontend.gate import Gate, accesses
 from router.frontend.listing import Listing
@@ -327,6 +328,36 @@ async def test_the_gate_follows_its_file(
         assert caplog.text.count("kept as they were") == 1
         for secret in ("Bearer", *(sha256(name).hex() for name in "abc")):
             assert secret not in caplog.text
+    finally:
+        await made.aclose()
+
+
+async def test_an_operators_key_is_no_clients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(gate, "POLL_S", 0.001)
+    path = tmp_path / "keys.yaml"
+
+    def write(name: str, key: str) -> None:
+        new = tmp_path / "new"
+        new.write_text(f"keys:\n  - {{name: {name}, sha256: {sha256(key).hex().upper()}}}\n")
+        new.replace(path)
+
+    config = RouterConfig(api_keys_file=str(path))
+    admin_key = AdminKey(["other", "operators"])
+    write("mine", "operators")
+    with pytest.raises(
+        ConfigError, match="the key `mine` of the file of keys is the admin key too"
+    ):
+        await Gate(config, admin_key=admin_key).open()
+    write("a", "a")
+    made = Gate(config, admin_key=admin_key)
+    await made.open()
+    try:
+        write("mine", "operators")
+        await until(lambda: "the key `mine`" in caplog.text, "it is told")
+        assert made.keys.find("Bearer operators", None) is None
+        assert made.keys.find("Bearer a", None) is not None
     finally:
         await made.aclose()
 
