@@ -105,7 +105,7 @@ $(VENV)/.engine-gpu: $(VENV)/.core requirements/overrides.txt
 test: $(VENV)/.test install-engine lint test-lowest test-fast  ## everything: linters, types, all tests, real vLLM included
 	$(PY) -m pytest -m vllm
 
-test-fast: $(VENV)/.test $(VENV)/.azurite  ## all tests that need no vLLM: under a minute
+test-fast: $(VENV)/.test $(VENV)/.azurite  ## all tests that need no vLLM: some minutes
 	$(PY) -m pytest -m "not vllm" $(PARALLEL)
 
 test-lowest: $(VENV)/bin/uv $(VENV)/.core $(VENV)/.azurite  ## the fast tests on the lowest versions that pyproject.toml allows

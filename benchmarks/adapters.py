@@ -1,9 +1,10 @@
 """What adapters cost: a cold one until its first token, and ten thousand of them in the store.
 
   cold  the first request for an adapter, from an S3 server on this machine to its first token, and what
-        of that is the lookup of its name, the fetch, the load into the engine, and the rest: the queue,
-        the engine's first token, the router. `queued` asks while every place of the workers is taken:
-        the fetch then goes on beside the queue, so the whole is less than its parts.
+        of that is the fetch, the load into the engine, and the rest: the lookup of its name, the queue,
+        the engine's first token, the router. `queued` asks while every place of the workers is taken,
+        beside a request for the base model that shows the queue alone: the fetch goes on meanwhile, so
+        the whole is less than the parts and the queue together.
   many  how long `router serve` takes to be ready, how much memory its process has, and how long
         `GET /v1/models` takes, with few and with many adapters in a folder.
 
@@ -12,6 +13,7 @@ Real processes over HTTP; the engine is the emulated one, or vLLM (`--engine vll
 
 import asyncio
 import json
+import logging
 import os
 import statistics
 import subprocess
@@ -78,6 +80,7 @@ def main() -> None:
 
 def cold(folder: Path, arguments: Any) -> dict[str, Any]:  # noqa: ANN401
     """The parts of cold first tokens, in milliseconds, one adapter after another."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:
@@ -112,7 +115,9 @@ def cold(folder: Path, arguments: Any) -> dict[str, Any]:  # noqa: ANN401
 
 async def one_by_one(url: str, names: list[str], *, queued: bool) -> dict[str, Any]:
     """Ask for one cold adapter after another; each one's whole and parts."""
-    found: dict[str, list[float]] = {"whole": [], "fetch": [], "load": [], "rest": [], "hot": []}
+    found: dict[str, list[float]] = {
+        name: [] for name in ("whole", "fetch", "load", "rest", "hot", "queue")
+    }
     async with aiohttp.ClientSession() as session:
         for name in names:
             crowd = [
@@ -122,7 +127,10 @@ async def one_by_one(url: str, names: list[str], *, queued: bool) -> dict[str, A
             if queued:
                 await asyncio.sleep(0.05)  # all of them are placed or wait
             before = await counters(session, url)
-            whole = await first_token_ms(session, url, f"{MODEL}:{name}", 1)
+            whole, queue = await asyncio.gather(
+                first_token_ms(session, url, f"{MODEL}:{name}", 1),
+                first_token_ms(session, url, MODEL, 1),
+            )
             after = await counters(session, url)
             parts = {part: 1e3 * (after[part] - before[part]) for part in PARTS}
             # A load is counted from its decision on, the fetch before it apart.
@@ -130,6 +138,7 @@ async def one_by_one(url: str, names: list[str], *, queued: bool) -> dict[str, A
             found["fetch"].append(parts["fetch"])
             found["load"].append(parts["load"])
             found["rest"].append(whole - sum(parts.values()))
+            found["queue"].append(queue)
             await asyncio.gather(*crowd)
             found["hot"].append(await first_token_ms(session, url, f"{MODEL}:{name}", 1))
     return {part: spread(values) for part, values in found.items()}
@@ -167,7 +176,11 @@ def cold_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     """The table's."""
     for case in ("idle", "queued"):
         for part, values in found[case].items():
-            text = {"hot": "the same again, resident", "rest": "lookup, queue, engine, router"}
+            text = {
+                "hot": "the same again, resident",
+                "rest": "lookup, queue, engine, router",
+                "queue": "the base model beside it",
+            }
             yield (
                 f"cold, {found['mib']} MiB, {case}: {text.get(part, part)}",
                 *(f"{values[key]:.1f} ms" for key in ("median", "min", "max")),
@@ -194,14 +207,12 @@ def many(folder: Path, rounds: int) -> list[dict[str, Any]]:
             with served(settings, folder / f"run-{count}") as (url, process):
                 ready_s = time.perf_counter() - process.began
                 until_listed(url, count + 1)
-                first, *others = [listing_ms(url) for _ in range(9)]
                 found.append(
                     {
                         "adapters": count,
                         "ready_s": ready_s,
                         "rss_mib": rss_mib(process.pid),
-                        "listing_ms": statistics.median(others),
-                        "first_listing_ms": first,
+                        "listing_ms": statistics.median(listing_ms(url) for _ in range(9)),
                     }
                 )
     return [
@@ -209,7 +220,7 @@ def many(folder: Path, rounds: int) -> list[dict[str, Any]]:
             "adapters": count,
             **{
                 name: spread([one[name] for one in found if one["adapters"] == count])
-                for name in ("ready_s", "rss_mib", "listing_ms", "first_listing_ms")
+                for name in ("ready_s", "rss_mib", "listing_ms")
             },
         }
         for count in MANY
@@ -224,7 +235,6 @@ def many_rows(found: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
             ("ready_s", "s"),
             ("rss_mib", "MiB"),
             ("listing_ms", "ms"),
-            ("first_listing_ms", "ms"),
         ):
             goal = ""
             if one is most:

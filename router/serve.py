@@ -58,9 +58,9 @@ async def serve(config: Config, part: Part | None = None) -> None:
         try:
             if part is not None:
                 await part.share(metrics)
-            await frontend.start(listener)
-            for model in models:
+            for model in models:  # before any request: what names mean is known by then
                 await model.start()
+            await frontend.start(listener)
             address = url_of(listener)
             log.info("listening on %s/v1, waiting for workers", address)
             await until_started(*(model.started() for model in models), stop=stop)

@@ -66,6 +66,11 @@ class Replicas:
         if best is not None:
             self._warm(best, adapter)
 
+    def retired(self, adapter: AdapterRef) -> None:
+        """It is to leave: that it was in use of late is no reason to load it again."""
+        self._in_flight.pop(adapter, None)
+        self._backoff.pop(adapter, None)
+
     def loaded(self, adapter: AdapterRef) -> None:
         """A load of it has succeeded."""
         self._backoff.pop(adapter, None)

@@ -201,6 +201,8 @@ class Router:
         A job that still comes for it is served as ever, and then it leaves.
         """
         self._departures.retire(adapter)
+        if self._replicas is not None:
+            self._replicas.retired(adapter)
         for worker in tuple(self.fleet):
             self._drain(worker)
 

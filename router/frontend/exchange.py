@@ -215,23 +215,24 @@ class Exchange:
         """Whether the job is for another version of its adapter now; once.
 
         What has changed in the store is what it is now, and from a new version that no worker can load
-        the adapter goes back to the one before.
+        the adapter goes back to the one before. Who named a version gets that one or none.
         """
         job = self._job
         if self._looked_again or job.adapter is None:
             return False
         self._looked_again = True
+        named = self._named_version(job.adapter)
         if error.fault is LoadFault.ADAPTER_INVALID:
             adapter = await self._model.instead_of(job.adapter, str(error))
-            if adapter is None:
+            if adapter is None or named:
                 return False
         elif error.fault is LoadFault.ADAPTER_CHANGED:
             try:
-                adapter = await self._model.find(job.adapter.name, afresh=True)
+                adapter = await self._model.find(job.adapter.name + named, afresh=True)
             except StoreError:
                 return False
             if adapter is None:
-                raise model_not_found(job.adapter.model_id) from None
+                raise model_not_found(job.adapter.model_id + named) from None
         else:
             return False
         job.adapter = adapter
@@ -323,9 +324,13 @@ class Exchange:
             self._recording.answer = answer
         return answer
 
+    def _named_version(self, adapter: AdapterRef) -> str:
+        """What the client has put behind the adapter's id, `@version`, if it has."""
+        return (self._model_id or "").removeprefix(adapter.model_id)
+
     def _without_version(self, adapter: AdapterRef) -> str:
         """The adapter's id, where the client has named its version too, which a worker gets apart."""
-        return "" if self._model_id == adapter.model_id else adapter.model_id
+        return adapter.model_id if self._named_version(adapter) else ""
 
     def _asked(self, own: bytes, named: str, model: str) -> tuple[bytes, bytes]:
         """The head and body that a worker gets, which may know the adapter by a `model` of its own."""

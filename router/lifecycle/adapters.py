@@ -24,7 +24,7 @@ from router.lifecycle.alias import Alias, followed, rolled_back
 from router.lifecycle.following import Following
 from router.lifecycle.names import Names
 from router.lifecycle.presence import Presence
-from router.lifecycle.registry import News
+from router.lifecycle.registry import News, RegistryError
 from router.lifecycle.sources import Sources
 from router.lifecycle.spread import Spread
 from router.lifecycle.usage import Usages
@@ -63,6 +63,7 @@ class Adapters:
         self._loop = asyncio.get_running_loop()
         self._tasks: dict[asyncio.Task[None], None] = {}
         self._preloads = False
+        self._compared = False  # what was decided before with what the store has now
         spread.listen(self._take_in)
 
     # From start to end.
@@ -96,7 +97,7 @@ class Adapters:
         `afresh` looks into the store even for what is known: it was found to have changed there.
         """
         if SPLITTER in name:
-            return await self._find_version(name)
+            return await self._find_version(name, afresh=afresh)
         if not afresh and (known := self.names.named(name, user)) is not None:
             return known
         stored = await self.catalog.find(name, afresh=afresh)
@@ -125,7 +126,9 @@ class Adapters:
         def step(alias: Alias) -> Alias:
             if alias.serving != decided:
                 return alias
-            return msgspec.structs.replace(alias, serving=stored.version, message=message)
+            return msgspec.structs.replace(
+                alias, serving=stored.version, revision=stored.revision, message=message
+            )
 
         self._spawn(self._spread.change(name, step))
         return stored.version
@@ -138,14 +141,17 @@ class Adapters:
                     return slot.adapter.version
         return ""
 
-    async def _find_version(self, name_at_version: str) -> AdapterRef | None:
+    async def _find_version(self, name_at_version: str, *, afresh: bool) -> AdapterRef | None:
         name, _, version = name_at_version.partition(SPLITTER)
         if not VERSION.fullmatch(version):
             return None
-        serving = await self.find(name)
-        if serving is None or serving.version == version:
-            return serving
+        if afresh:
+            await self.catalog.find(name, afresh=True)
+        elif await self.find(name) is None:
+            return None
         adapter = self.names.ref(name, version)
+        if self.names.serving(name) == adapter and not afresh:
+            return adapter
         return adapter if self.stored(adapter) is not None else None
 
     def stored(self, adapter: AdapterRef) -> StoredAdapter | None:
@@ -167,6 +173,8 @@ class Adapters:
 
     def ended(self, adapter: AdapterRef | None, use: AdapterUse | None, *, failed: bool) -> None:
         """A request for an adapter, or for the base model alone, has ended."""
+        if adapter is not None and adapter.name not in self.names:
+            adapter = None  # it is gone since, and so is what was known of it
         lost = self.usages.ended(adapter, use, failed=failed, now=self._loop.time())
         if lost is not None:
             assert adapter is not None
@@ -183,7 +191,7 @@ class Adapters:
 
         try:
             alias = await self._spread.change(name, step)
-        except LifecycleError as error:
+        except (LifecycleError, RegistryError) as error:
             log.warning("%s: %s fails, and stays: %s", self.names.id(name), version, error)
         else:
             log.warning("%s: %s", self.names.id(name), alias.message)
@@ -218,6 +226,12 @@ class Adapters:
         for name in changed:
             if name in self.names:
                 self.following.begin(name)
+        if not self._compared:
+            self._compared = True
+            for name in self.names:
+                listed, alias = self.catalog.get(name), self.names.alias(name)
+                if listed is not None and alias.serving and listed.revision != alias.revision:
+                    self.following.begin(name)
         self.following.again()
         if self._preloads:
             self._spawn(self.presence.load())
@@ -256,6 +270,7 @@ class Adapters:
                 alias,
                 serving=alias.serving or was,
                 source=source,
+                revision=stored.revision,
                 refused="",
                 message=f"served from {source}",
                 changed_at=now,

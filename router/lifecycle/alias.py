@@ -21,8 +21,9 @@ class Alias(msgspec.Struct, frozen=True, omit_defaults=True):
     """One name. Versions are empty where there is none; `serving` is, where the store's listing says.
 
     `weight` is the candidate's share of requests, above 0 and below 1, or 0 for one that waits for its
-    promotion. `source` is the adapter's own place, where it is not in the store. `changed_at` is in
-    seconds since the epoch, for people.
+    promotion. `source` is the adapter's own place, where it is not in the store. `revision` is the
+    store's as it was last followed, so that a change is noticed which happened while no router ran.
+    `changed_at` is in seconds since the epoch, for people.
     """
 
     serving: str = ""
@@ -31,6 +32,7 @@ class Alias(msgspec.Struct, frozen=True, omit_defaults=True):
     weight: float = 0.0
     refused: str = ""
     source: str = ""
+    revision: str = ""
     pinned: bool = False
     message: str = ""
     changed_at: float = 0.0
@@ -43,7 +45,7 @@ class Alias(msgspec.Struct, frozen=True, omit_defaults=True):
     @property
     def says_nothing(self) -> bool:
         """Whether the store's listing alone says as much."""
-        return msgspec.structs.replace(self, message="", changed_at=0.0) == Alias()
+        return msgspec.structs.replace(self, message="", revision="", changed_at=0.0) == Alias()
 
 
 def followed(alias: Alias, version: str, weight: float, now: float) -> Alias:

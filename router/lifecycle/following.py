@@ -50,9 +50,9 @@ class Following:
 
     def begin(self, name: str) -> "asyncio.Task[None]":
         """See to it that what the store has by now is served, if it can be."""
+        self._behind[name] = None
         task = self._tasks.get(name)
         if task is None:
-            self._behind[name] = None
             task = self._tasks[name] = asyncio.get_running_loop().create_task(self._follow(name))
             task.add_done_callback(lambda _: self._tasks.pop(name, None))
         return task
@@ -80,7 +80,8 @@ class Following:
                 if not await self._spread.claim(name):
                     return  # another process sees to it
                 try:
-                    await self._follow_alone(name)
+                    while name in self._behind:
+                        self._settle(name, await self._follow_alone(name))
                 finally:
                     await self._spread.give_back(name)
         except (StoreError, RegistryError) as error:
@@ -93,42 +94,47 @@ class Following:
     def _log(self, name: str, error: Exception) -> None:
         log.warning("%s: what the store has is not served yet: %s", self._names.id(name), error)
 
-    async def _follow_alone(self, name: str) -> None:
+    def _settle(self, name: str, stored: StoredAdapter | None) -> None:
+        """What was in the store then is seen to; it may have another one by now."""
+        listed = self._catalog.get(name)
+        if listed is None or stored is None or listed.revision == stored.revision:
+            self._behind.pop(name, None)
+
+    async def _follow_alone(self, name: str) -> StoredAdapter | None:
         stored = await self._catalog.find(name)
         serving = self._names.serving(name)
         alias = self._names.alias(name)
-        if (
-            stored is None
-            or serving is None
-            or stored.version in {serving.version, alias.candidate, alias.refused}
-        ):
-            self._behind.pop(name, None)
-            return
+        if stored is None or serving is None:
+            return stored
+        version, revision = stored.version, stored.revision
+        if version in {serving.version, alias.candidate, alias.refused}:
+            if alias.serving and alias.revision != revision:
+                await self._spread.change(
+                    name, lambda alias: msgspec.structs.replace(alias, revision=revision)
+                )
+            return stored
         weight = 1.0
         if self.is_in_use(serving):
             weight = self._weight
             log.info(
-                "%s: %s is in the store, %s serves",
-                self._names.id(name),
-                stored.version,
-                serving.version,
+                "%s: %s is in the store, %s serves", self._names.id(name), version, serving.version
             )
             if not await self._is_ready(stored, serving, weight):
-                return
+                return stored
         elif alias.says_nothing:
-            self._names.serve(name, stored.version)
-            self._behind.pop(name, None)
-            return
+            self._names.serve(name, version)
+            return stored
         was, now = serving.version, time.time()
 
         def step(alias: Alias) -> Alias:
             if not alias.serving:
                 alias = msgspec.structs.replace(alias, serving=was)
-            return followed(alias, stored.version, weight, now)
+            alias = msgspec.structs.replace(alias, revision=revision)
+            return followed(alias, version, weight, now)
 
         alias = await self._spread.change(name, step)
-        self._behind.pop(name, None)
         log.info("%s: %s", self._names.id(name), alias.message)
+        return stored
 
     def is_in_use(self, adapter: AdapterRef) -> bool:
         """Whether a worker holds it, or this disk does."""
@@ -146,8 +152,14 @@ class Following:
                 raise
             why, now = str(error), time.time()
             log.warning("%s: %s is not served: %s", self._names.id(name), version, why)
-            await self._spread.change(name, lambda alias: refused(alias, version, why, now))
-            self._behind.pop(name, None)
+            revision = stored.revision
+
+            def step(alias: Alias) -> Alias:
+                served = alias.serving or serving.version  # or who is new would take the bad one
+                alias = msgspec.structs.replace(alias, serving=served, revision=revision)
+                return refused(alias, version, why, now)
+
+            await self._spread.change(name, step)
             return False
         return True
 

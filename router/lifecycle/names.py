@@ -78,7 +78,7 @@ class Names:
             return
         now = self._serving[name] = self.ref(name, version)
         self.router.restore(now)
-        if before is not None:
+        if before is not None and before.version not in self.alias(name).versions:
             self.router.retire(before)
 
     def unserve(self, name: str) -> None:

@@ -162,7 +162,7 @@ class Operations:
         """Give another version a share of the requests."""
         serving = await self._ready(name, version)
         return await self._stepped(
-            name, lambda alias: split(_serves(alias, serving), version, weight, time.time())
+            name, lambda alias: split(self._serves(alias, serving), version, weight, time.time())
         )
 
     async def promote(self, name: str, version: str | None = None) -> Change:
@@ -170,7 +170,7 @@ class Operations:
         chosen = version or self._adapters.names.alias(name).candidate
         serving = await self._ready(name, chosen)
         return await self._stepped(
-            name, lambda alias: promoted(_serves(alias, serving), chosen, time.time())
+            name, lambda alias: promoted(self._serves(alias, serving), chosen, time.time())
         )
 
     async def rollback(self, name: str) -> Change:
@@ -263,6 +263,14 @@ class Operations:
         async with _translated():
             await self._adapters.cache.folder_of(stored)
 
+    def _serves(self, alias: Alias, serving: AdapterRef) -> Alias:
+        """The alias, which says what serves, and since which of the store's revisions."""
+        if alias.serving:
+            return alias
+        listed = self._adapters.catalog.get(serving.name)
+        revision = listed.revision if listed is not None else ""
+        return msgspec.structs.replace(alias, serving=serving.version, revision=revision)
+
     async def _stepped(self, name: str, step: Callable[[Alias], Alias]) -> Change:
         async with _translated():
             alias = await self._spread.change(name, step)
@@ -275,11 +283,6 @@ class Operations:
 
     def _id(self, name: str) -> str:
         return f"{self.model_id}:{name}"
-
-
-def _serves(alias: Alias, serving: AdapterRef) -> Alias:
-    """The alias, which says what serves."""
-    return alias if alias.serving else msgspec.structs.replace(alias, serving=serving.version)
 
 
 @asynccontextmanager

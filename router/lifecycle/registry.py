@@ -4,10 +4,12 @@ What each adapter's name means, and which workers get nothing new. SQLite keeps 
 or not made, survives a `kill -9`, and two processes cannot both make one from the same state. Every
 change has a serial number; each process asks from time to time whether there are new ones, which costs
 microseconds while there are none, and says which it has taken in, so that whoever made one can wait
-until it is true everywhere.
+until it is true everywhere. A process lives while the kernel keeps its lock: by numbers alone one that
+was killed could not be told from whoever has its number now, which in a container is its successor.
 """
 
 import os
+import secrets
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,10 +19,14 @@ from typing import Final
 
 import msgspec
 
+from router.adapters.locks import locked, try_lock
+from router.adapters.pace import Deadline, TooLateError
 from router.lifecycle.alias import Alias
 from router.lifecycle.usage import UsageRecord
 
 FILE: Final = "versions.sqlite"
+OPENING: Final = ".versions-opening"
+PROCESS: Final = ".router-"
 BUSY_TIMEOUT_S: Final = 5.0
 SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS entry (
@@ -28,10 +34,10 @@ CREATE TABLE IF NOT EXISTS entry (
     PRIMARY KEY (kind, name)
 );
 CREATE INDEX IF NOT EXISTS entry_serial ON entry (serial);
-CREATE TABLE IF NOT EXISTS seen (pid INTEGER PRIMARY KEY, serial INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS claim (name TEXT PRIMARY KEY, pid INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS process (id TEXT PRIMARY KEY, seen INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS claim (name TEXT PRIMARY KEY, process TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS usage (
-    name TEXT NOT NULL, pid INTEGER NOT NULL, record BLOB NOT NULL, PRIMARY KEY (name, pid)
+    name TEXT NOT NULL, process TEXT NOT NULL, record BLOB NOT NULL, PRIMARY KEY (name, process)
 ) WITHOUT ROWID;
 """
 ALIAS: Final = "alias"
@@ -58,20 +64,27 @@ class RegistryError(Exception):
 class Registry:
     """What was decided for one model, in a folder that its router processes share.
 
-    `news` may be called in the event loop; what writes is for threads.
+    `news` may be called in the event loop; what writes is for threads. From when it is made on, every
+    change waits for this process too.
     """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE
-        self._pid = os.getpid()
+        self._id = secrets.token_hex(8)
         self._serial = 0
         self._data_version = -1
         self._writing = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
-        with self._translated():
+        # Made one after another: SQLite waits for no other process while it changes the journal's kind.
+        with self._translated(), locked(folder / OPENING, Deadline(BUSY_TIMEOUT_S)):
             self._writer = self._connect()
             self._writer.executescript(SCHEMA)
             self._reader = self._connect()
+        self._lock = try_lock(self._lock_of(self._id))
+        with self._transaction() as writer:
+            rows = writer.execute("SELECT id FROM process").fetchall()
+            self._forget_dead(writer, [process for (process,) in rows])
+            writer.execute("INSERT INTO process VALUES (?, 0)", (self._id,))
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(
@@ -139,15 +152,27 @@ class Registry:
     def tell_seen(self) -> None:
         """Say that this process has taken in all that `news` has returned. Raises `RegistryError`."""
         with self._transaction() as writer:
-            writer.execute("INSERT OR REPLACE INTO seen VALUES (?, ?)", (self._pid, self._serial))
+            writer.execute("UPDATE process SET seen = ? WHERE id = ?", (self._serial, self._id))
 
     def seen_by_all(self, serial: int) -> bool:
         """Whether every process that lives has taken a change in. Raises `RegistryError`."""
         with self._transaction() as writer:
-            rows = writer.execute("SELECT pid FROM seen WHERE serial < ?", (serial,)).fetchall()
-            dead = [(pid,) for (pid,) in rows if not _lives(pid)]
-            writer.executemany("DELETE FROM seen WHERE pid = ?", dead)
-        return len(rows) == len(dead)
+            rows = writer.execute("SELECT id FROM process WHERE seen < ?", (serial,)).fetchall()
+            dead = self._forget_dead(writer, [process for (process,) in rows])
+        return len(rows) == dead
+
+    def _forget_dead(self, writer: sqlite3.Connection, processes: Sequence[str]) -> int:
+        """Of these, forget those that have ended, and whatever is theirs; how many there were."""
+        dead = [process for process in processes if not self._lives(process)]
+        for process in dead:
+            self._forget(writer, process)
+        return len(dead)
+
+    @staticmethod
+    def _forget(writer: sqlite3.Connection, process: str) -> None:
+        writer.execute("DELETE FROM process WHERE id = ?", (process,))
+        writer.execute("DELETE FROM claim WHERE process = ?", (process,))
+        writer.execute("DELETE FROM usage WHERE process = ?", (process,))
 
     def claim(self, name: str) -> bool:
         """Whether this process is the one to see to a name, until it gives it back or ends.
@@ -155,35 +180,35 @@ class Registry:
         Raises `RegistryError`.
         """
         with self._transaction() as writer:
-            row = writer.execute("SELECT pid FROM claim WHERE name = ?", (name,)).fetchone()
-            free = row is None or not _lives(row[0])
+            row = writer.execute("SELECT process FROM claim WHERE name = ?", (name,)).fetchone()
+            free = row is None or row[0] == self._id or not self._lives(row[0])
             if free:
-                writer.execute("INSERT OR REPLACE INTO claim VALUES (?, ?)", (name, self._pid))
+                writer.execute("INSERT OR REPLACE INTO claim VALUES (?, ?)", (name, self._id))
         return free
 
     def give_back(self, name: str) -> None:
         """Others may see to the name. Raises `RegistryError`."""
         with self._transaction() as writer:
-            writer.execute("DELETE FROM claim WHERE name = ? AND pid = ?", (name, self._pid))
+            writer.execute("DELETE FROM claim WHERE name = ? AND process = ?", (name, self._id))
 
     def tell_usage(self, records: Mapping[str, UsageRecord]) -> None:
         """Let the other processes know how often adapters were used here. Raises `RegistryError`."""
-        rows = [(name, self._pid, msgspec.msgpack.encode(one)) for name, one in records.items()]
+        rows = [(name, self._id, msgspec.msgpack.encode(one)) for name, one in records.items()]
         with self._transaction() as writer:
             writer.executemany("INSERT OR REPLACE INTO usage VALUES (?, ?, ?)", rows)
 
     def usage_elsewhere(self, names: Sequence[str]) -> dict[str, list[UsageRecord]]:
         """What the other processes that live have told. Raises `RegistryError`."""
         found: dict[str, list[UsageRecord]] = {}
-        alive: dict[int, bool] = {self._pid: False}  # its own is known better
+        alive: dict[str, bool] = {self._id: False}  # its own is known better
         with self._translated():
             for name in names:
-                for pid, record in self._reader.execute(
-                    "SELECT pid, record FROM usage WHERE name = ?", (name,)
+                for process, record in self._reader.execute(
+                    "SELECT process, record FROM usage WHERE name = ?", (name,)
                 ):
-                    if pid not in alive:
-                        alive[pid] = _lives(pid)
-                    if alive[pid]:
+                    if process not in alive:
+                        alive[process] = self._lives(process)
+                    if alive[process]:
                         found.setdefault(name, []).append(_decode_usage(record))
         return found
 
@@ -191,13 +216,29 @@ class Registry:
         """Close the file; this process need not be waited for any more."""
         try:
             with self._transaction() as writer:
-                writer.execute("DELETE FROM seen WHERE pid = ?", (self._pid,))
-                writer.execute("DELETE FROM claim WHERE pid = ?", (self._pid,))
-                writer.execute("DELETE FROM usage WHERE pid = ?", (self._pid,))
+                self._forget(writer, self._id)
         except RegistryError:
             pass  # whoever looks finds that this process is gone
         self._writer.close()
         self._reader.close()
+        if self._lock is not None:
+            self._lock_of(self._id).unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = None
+
+    def _lock_of(self, process: str) -> Path:
+        return self._path.with_name(PROCESS + process)
+
+    def _lives(self, process: str) -> bool:
+        """Whether the process has its lock still."""
+        if process == self._id:
+            return True
+        path = self._lock_of(process)
+        if (lock := try_lock(path)) is None:
+            return True
+        path.unlink(missing_ok=True)
+        os.close(lock)
+        return False
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -215,15 +256,10 @@ class Registry:
     def _translated(self) -> Iterator[None]:
         try:
             yield
+        except sqlite3.OperationalError as error:  # busy, full, not to be written
+            raise RegistryError(f"{self._path}: {error}; look at its disk") from None
+        except TooLateError:
+            message = f"{self._path}: other processes have been opening it for {BUSY_TIMEOUT_S:g} s"
+            raise RegistryError(message) from None
         except (sqlite3.Error, msgspec.DecodeError) as error:
             raise RegistryError(f"{self._path}: {error}; remove the file to begin anew") from None
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

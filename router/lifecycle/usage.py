@@ -136,4 +136,5 @@ class Usages:
     def forget(self, name: str) -> None:
         """The adapter is gone."""
         self.by_name.pop(name, None)
+        self.changed.pop(name, None)
         self.trials.pop(name, None)

@@ -16,7 +16,7 @@ import msgspec
 import pytest
 from adapter_files import write_adapter
 from harness import FakeLoader, after_every_event, ref, simulate
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from engine_worker.protocol import (
@@ -319,6 +319,7 @@ FLIPS = st.lists(
     st.integers(1, 3),
     st.sampled_from([0, 2, 3]),
 )
+@example([(0, "b", 0.0, 1.0)], [("b", 1.5, "retire")], "cost", 1, 0)  # it was in use of late
 def test_what_is_retired_leaves_all_workers_and_nothing_that_is_used(
     folder: Path,
     asked: list[tuple[int, str | None, float, float]],

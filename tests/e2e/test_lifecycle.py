@@ -1,6 +1,7 @@
 """What operators do with adapters, on real router processes, workers and stores, while clients ask."""
 
 import asyncio
+import secrets
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -197,9 +198,9 @@ def test_pinned_preloaded_drained_unloaded(store: Path, tmp_path: Path) -> None:
 class Shop:
     """A bucket behind a proxy that fails as it is told."""
 
-    def __init__(self, proxy: FaultProxy, url: str, environment: dict[str, str]) -> None:
+    def __init__(self, proxy: FaultProxy, bucket: str, environment: dict[str, str]) -> None:
         self.proxy = proxy
-        self.url = url
+        self.bucket = bucket
         self.environment = environment
 
 
@@ -209,17 +210,19 @@ def shop(tmp_path: Path) -> Iterator[Shop]:
     for number, name in enumerate(("pirate", "poet", "chef")):
         write_adapter(folder / name, seed=number)
     with s3_server() as environment, fault_proxy(environment["AWS_ENDPOINT_URL"]) as proxy:
-        upload(folder, "adapters", MODEL)
+        # The servers of one process share their buckets.
+        bucket = f"shop-{secrets.token_hex(4)}"
+        upload(folder, bucket, "")
         yield Shop(
             proxy,
-            f"s3://adapters/{MODEL}",
+            bucket,
             {**environment, **ENVIRONMENT, "AWS_ENDPOINT_URL": proxy.url},
         )
 
 
 @contextmanager
 def over(shop: Shop, folder: Path, **changes: Any) -> Iterator[Deployment]:  # noqa: ANN401
-    config = config_of(shop.url, **changes)
+    config = config_of(f"s3://{shop.bucket}", **changes)
     with deployed(config, folder / "router", shop.environment) as deployment:
         yield deployment
 
@@ -281,7 +284,7 @@ def test_a_new_version_that_cannot_be_had_leaves_the_old_one_serving(
     new = write_adapter(tmp_path / "new" / "pirate", seed=60)
     with over(shop, tmp_path) as deployment:
         old = text(deployment)
-        upload(new.parent, "adapters", MODEL)
+        upload(new.parent, shop.bucket, "")
         shop.proxy.faults.append(Fault(WEIGHTS, times=999, cut_after=100))
         status, _ = operate(deployment, f"adapters/{PIRATE}/refresh")
         assert status == 200
@@ -290,13 +293,13 @@ def test_a_new_version_that_cannot_be_had_leaves_the_old_one_serving(
         weights = new / "adapter_model.safetensors"
         sound = weights.read_bytes()
         weights.write_bytes(sound[:-100])
-        upload(new.parent, "adapters", MODEL)
+        upload(new.parent, shop.bucket, "")
         status, answer = operate(deployment, f"adapters/{PIRATE}/refresh")
         assert status == 200
         assert "is not served" in answer["message"]
         assert text(deployment) == old
         weights.write_bytes(sound)
-        upload(new.parent, "adapters", MODEL)
+        upload(new.parent, shop.bucket, "")
         assert operate(deployment, f"adapters/{PIRATE}/refresh")[0] == 200
         assert text(deployment) != old
         no_failures(deployment)

@@ -75,9 +75,10 @@ import sys
 from pathlib import Path
 import msgspec
 from router.lifecycle.registry import Registry
+from router.lifecycle.usage import UsageRecord
 registry = Registry(Path(sys.argv[1]))
 assert registry.claim("a")
-registry.tell_seen()
+registry.tell_usage({"a": UsageRecord(requests=1)})
 print("begun", flush=True)
 while True:
     registry.change("a", lambda a: msgspec.structs.replace(a, changed_at=a.changed_at + 1))
@@ -94,16 +95,68 @@ def test_a_killed_process_leaves_whole_steps_and_claims_nothing(tmp_path: Path) 
         registry = Registry(tmp_path)
         assert not registry.claim("a"), "it is the other's"
         _, serial = registry.change("b", count)
+        registry.news()
+        registry.tell_seen()
         assert not registry.seen_by_all(serial)
+        assert registry.usage_elsewhere(["a"])
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         process.stdout.close()
         assert registry.seen_by_all(serial), "who is gone need not be waited for"
+        assert not registry.usage_elsewhere(["a"])
         assert registry.claim("a")
         registry.give_back("a")
         before = registry.change("a", lambda alias: alias)[0].changed_at
         assert registry.change("a", count)[0].changed_at == before + 1
         registry.close()
+
+
+def test_a_change_waits_for_who_has_just_begun(tmp_path: Path) -> None:
+    """It has taken nothing in yet, so it would answer by what was before."""
+    one, other = Registry(tmp_path), Registry(tmp_path)
+    _, serial = one.change("a", lambda _: Alias(serving="x"))
+    one.news()
+    one.tell_seen()
+    assert not one.seen_by_all(serial)
+    other.news()
+    other.tell_seen()
+    assert one.seen_by_all(serial)
+    one.close()
+    other.close()
+
+
+def test_who_was_killed_is_not_taken_for_who_has_its_number(tmp_path: Path) -> None:
+    """In a container the next router process has the number of the one before."""
+    pid = os.fork()
+    if not pid:
+        killed = Registry(tmp_path)
+        killed.claim("a")
+        os._exit(0)
+    os.waitpid(pid, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "kill", lambda *_: None)  # there is one of that number
+        registry = Registry(tmp_path)
+        other = Registry(tmp_path)
+        assert other.claim("a")
+        other.close()
+        registry.close()
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".router-")] == []
+
+
+def _open(folder: Path) -> None:
+    Registry(folder).close()
+
+
+def test_several_processes_that_begin_at_once_all_open_it(tmp_path: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    for number in range(20):
+        folder = tmp_path / str(number)
+        processes = [fork.Process(target=_open, args=(folder,)) for _ in range(4)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+            assert process.exitcode == 0
 
 
 def test_a_file_that_is_none_of_ours_is_named(tmp_path: Path) -> None:

@@ -136,10 +136,15 @@ def test_an_interrupt_that_another_thread_takes_waits_for_the_start_of_a_process
 
     taker = threading.Thread(target=take)  # as a progress bar's: its mask was made before
     taker.start()
-    with pytest.raises(KeyboardInterrupt), _interrupts_held():  # noqa: PT012  (raised at its end)
-        starting.set()
-        taker.join()
-        started = True
+    # A shell's background jobs ignore SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), _interrupts_held():  # noqa: PT012  (at its end)
+            starting.set()
+            taker.join()
+            started = True
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert started
 
 

@@ -360,15 +360,17 @@ class MadeUpModel:
         self.llm = SimpleNamespace(model_loading_config=SimpleNamespace(source="made-up"))
         self.absent: set[str] = set()
         self.lookups: list[str] = []
+        self.instead: AdapterRef | None = None  # of a version that cannot be loaded
 
     async def find(self, name: str, user: str = "", *, afresh: bool = False) -> AdapterRef | None:
         self.lookups.append(name)
-        if name in self.absent or not is_name(name):
+        name, _, version = name.partition("@")
+        if name in self.absent or not is_name(name) or (version and afresh):
             return None
-        return AdapterRef(MODEL, name, "sha256:1")
+        return AdapterRef(MODEL, name, version or "sha256:1")
 
     async def instead_of(self, adapter: AdapterRef, why: str) -> AdapterRef | None:
-        return None
+        return self.instead
 
     def ended(self, adapter: AdapterRef | None, use: AdapterUse | None, *, failed: bool) -> None:
         self.endings.append((adapter, use, failed))
