@@ -9,8 +9,8 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Awaitable, Iterable
-from typing import Final
+from collections.abc import Coroutine, Iterable
+from typing import Any, Final
 
 import msgspec
 
@@ -303,7 +303,7 @@ class Adapters:
         if await self.catalog.find(name, afresh=True) is None:
             self._gone(name)
 
-    def _spawn(self, work: Awaitable[object]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, object]) -> None:
         """Do it beside what goes on; what goes wrong is logged."""
 
         async def done() -> None:
@@ -315,3 +315,4 @@ class Adapters:
         task = self._loop.create_task(done())
         self._tasks[task] = None
         task.add_done_callback(lambda task: self._tasks.pop(task, None))
+        task.add_done_callback(lambda _: work.close())  # which never began, if the task did not
