@@ -42,6 +42,8 @@ class AdapterCatalog:
         self._lookups: dict[str, asyncio.Task[StoredAdapter | None]] = {}
         # What lookups find while a listing is read; bounded by their rate.
         self._found_meanwhile: dict[str, StoredAdapter | None] | None = None
+        # One at a time: a listing that was begun first must not come last.
+        self._refreshing = asyncio.Lock()
         self._threads = CapacityLimiter(LOOKUPS_MAX)
         self._allowance = LOOKUPS_BURST
         self._allowed_at = 0.0
@@ -66,6 +68,10 @@ class AdapterCatalog:
 
         Raises `StoreError`, and then keeps the listing that it has.
         """
+        async with self._refreshing:
+            return await self._refresh()
+
+    async def _refresh(self) -> tuple[str, ...]:
         found_meanwhile = self._found_meanwhile = {}
         try:
             async with asyncio.timeout(LIST_TIMEOUT_S):

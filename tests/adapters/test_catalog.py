@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,37 @@ async def test_a_refresh_says_what_has_changed_and_gone(store: Store, tmp_path: 
     shutil.rmtree(tmp_path / "b")
     assert await catalog.refresh() == ("b",)
     assert "b" not in catalog
+
+
+async def test_a_listing_that_was_begun_first_does_not_come_last(
+    store: Store, tmp_path: Path
+) -> None:
+    """As where an operator has the listing read while it is read anyway."""
+    catalog = AdapterCatalog(store, refresh_s=100)
+    await catalog.refresh()
+    old = await catalog.find("a")
+    listed, begun, go_on = store.list, threading.Event(), threading.Event()
+
+    def slow() -> dict[str, StoredAdapter]:
+        found = listed()
+        begun.set()
+        go_on.wait(20)
+        return found
+
+    store.list = slow  # type: ignore[method-assign]
+    first = asyncio.create_task(catalog.refresh())
+    await asyncio.to_thread(begun.wait, 20)
+    write_adapter(tmp_path / "a", seed=1)
+    store.list = listed  # type: ignore[method-assign]
+    second = asyncio.create_task(catalog.refresh())
+    await asyncio.sleep(0.1)
+    go_on.set()
+    changed = await asyncio.gather(first, second)
+    new = await catalog.find("a")
+    assert changed == [(), ("a",)]
+    assert old is not None
+    assert new is not None
+    assert new.version != old.version
 
 
 async def test_made_up_names_are_looked_up_only_so_often(
