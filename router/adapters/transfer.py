@@ -13,12 +13,14 @@ at its socket's timeout without touching the folder again.
 import os
 import random
 import threading
+import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from math import inf
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from router.adapters.checksum import SUMS_MAX_BYTES, Checksum, SumsError, hasher, read_sums
 from router.adapters.journal import Journal, Part
@@ -35,7 +37,6 @@ from router.config import CONNECTIONS
 PART_BYTES: Final = 8 * 2**20
 BACKOFF_S: Final = 0.2
 BACKOFF_MAX_S: Final = 10.0
-T = TypeVar("T")
 
 
 class BadContentError(StoreError):
@@ -112,12 +113,21 @@ class _Range:
         self.stop = stop
         self.position = start
         self.crc = 0
+        self.tries = 0
         # Held while the part writes: who closes the transfer waits for that, and for no more.
         self.writing = threading.Lock()
 
     @property
     def part(self) -> Part:
         return self.file.name, self.start, self.stop
+
+
+class _Question:
+    """What the store knows of a file's content, while it is asked."""
+
+    def __init__(self, file: StoredFile) -> None:
+        self.file = file
+        self.tries = 0
 
 
 class _Transfer:
@@ -137,17 +147,20 @@ class _Transfer:
         self._deadline = deadline
         self._max_tries = max_tries
         self._journal = Journal(journal_of(folder), adapter, adapter.transferred)
-        self._waiting: deque[_Range] = deque()
-        self._running: dict[Future[None], _Range] = {}
+        self._waiting: deque[_Range | _Question] = deque()
+        self._running: dict[Future[float | None], _Range | _Question] = {}
+        self._paused: list[tuple[float, _Range | _Question]] = []  # until when, which
+        self._known: dict[StoredFile, Checksum | None] = {}
         self._closed = threading.Event()
 
     def close(self) -> None:
         """End what still runs: nothing is written any more once this returns."""
         self._closed.set()
-        for future, part in self._running.items():
+        for future, one in self._running.items():
             future.cancel()
-            with part.writing:
-                pass
+            if isinstance(one, _Range):
+                with one.writing:
+                    pass
         self._journal.close()
 
     def run(self) -> None:
@@ -168,8 +181,7 @@ class _Transfer:
 
     def _bring(self, files: Sequence[StoredFile], expected: Mapping[str, Checksum]) -> None:
         """Bring files and verify them; those that are not as they should be once more."""
-        threads = self._downloads.threads
-        known = {file.name: threads.submit(self._checksum, file) for file in files}
+        self._waiting.extend(map(_Question, files))
         wrong: dict[StoredFile, str] = dict.fromkeys(files, "")
         for _ in range(2):
             ranges = {file: list(self._ranges(file)) for file in wrong}
@@ -177,7 +189,7 @@ class _Transfer:
                 one for of_file in ranges.values() for one in of_file if not self._is_done(one)
             )
             found = {
-                file: self._verify(file, of_file, known[file.name], expected.get(file.name))
+                file: self._verify(file, of_file, expected.get(file.name))
                 for file, of_file in ranges.items()
             }
             wrong = {file: problem for file, problem in found.items() if problem}
@@ -194,17 +206,11 @@ class _Transfer:
     def _is_done(self, one: _Range) -> bool:
         return self._journal.crc_of(one.part) is not None
 
-    def _verify(
-        self,
-        file: StoredFile,
-        ranges: Sequence[_Range],
-        known: "Future[Checksum | None]",
-        expected: Checksum | None,
-    ) -> str:
+    def _verify(self, file: StoredFile, ranges: Sequence[_Range], expected: Checksum | None) -> str:
         """Follow a file's parts in order; what is wrong with the whole, or nothing."""
         from_before = {one.part for one in ranges if self._is_done(one)}
-        self._go_on_until(known.done, known)
-        sums = [sum_ for sum_ in (known.result(), expected) if sum_ is not None]
+        self._go_on_until(lambda: file in self._known)
+        sums = [sum_ for sum_ in (self._known[file], expected) if sum_ is not None]
         hashers = [hasher(sum_.algorithm, file.size) for sum_ in sums]
         with (self._folder / file.name).open("rb") as content:
             for one in ranges:
@@ -228,51 +234,55 @@ class _Transfer:
                 )
         return ""
 
-    def _go_on_until(
-        self, is_true: Callable[[], bool], other: "Future[Checksum | None] | None" = None
-    ) -> None:
+    def _go_on_until(self, is_true: Callable[[], bool]) -> None:
         """Keep parts going until a condition holds; raises what a part, or the deadline, does."""
         while not is_true():
             self._deadline.check()
+            due_s = self._take_up_paused()
             while self._waiting and len(self._running) < self._downloads.connections:
                 one = self._waiting.popleft()
-                self._running[self._downloads.threads.submit(self._get, one)] = one
+                self._running[self._downloads.threads.submit(self._try, one)] = one
             awaited: set[Future[Any]] = {*self._running, self._deadline.given_up}
-            if other is not None:
-                awaited.add(other)
-            ended, _ = wait(awaited, self._deadline.left_s, FIRST_COMPLETED)
+            ended, _ = wait(awaited, min(self._deadline.left_s, due_s), FIRST_COMPLETED)
             for future in [future for future in self._running if future in ended]:
-                del self._running[future]
-                future.result()
+                one = self._running.pop(future)
+                if (pause_s := future.result()) is not None:
+                    self._paused.append((time.monotonic() + pause_s, one))
+
+    def _take_up_paused(self) -> float:
+        """Have those wait for a connection whose pause is over; how long the next has to go."""
+        now = time.monotonic()
+        self._waiting.extendleft(one for due, one in self._paused if due <= now)
+        self._paused = [(due, one) for due, one in self._paused if due > now]
+        return min((due - now for due, _ in self._paused), default=inf)
 
     # In the threads of all transfers.
 
-    def _checksum(self, file: StoredFile) -> Checksum | None:
-        return self._tried(lambda: self._store.checksum(self._adapter, file))
+    def _try(self, one: _Range | _Question) -> float | None:
+        """Do it, or say for how long to pause, with full jitter or as the store asks, before the next.
+
+        The pause is not made here: others have a use for the thread, and for its connection.
+        """
+        one.tries += 1
+        try:
+            if isinstance(one, _Range):
+                self._get(one)
+            else:
+                self._known[one.file] = self._store.checksum(self._adapter, one.file)
+        except StoreError as error:
+            if not error.passing:
+                raise
+            if one.tries == self._max_tries:
+                tries = "1 try" if one.tries == 1 else f"{one.tries} tries"
+                raise StoreError(f"{error}, after {tries}") from None
+            jitter_s = random.uniform(0, min(BACKOFF_MAX_S, BACKOFF_S * 2**one.tries))
+            pause_s = max(jitter_s, error.retry_after_s)
+            if pause_s >= self._deadline.left_s:
+                raise self._deadline.error(f"{error}") from None
+            return pause_s
+        return None
 
     def _get(self, one: _Range) -> None:
-        self._tried(lambda: self._get_once(one))
-
-    def _tried(self, work: Callable[[], T]) -> T:
-        """Do it, again where that may help, after pauses with full jitter or as the store asks."""
-        for attempt in range(1, self._max_tries + 1):
-            try:
-                return work()
-            except StoreError as error:
-                if not error.passing:
-                    raise
-                if attempt == self._max_tries:
-                    tries = "1 try" if attempt == 1 else f"{attempt} tries"
-                    raise StoreError(f"{error}, after {tries}") from None
-                jitter_s = random.uniform(0, min(BACKOFF_MAX_S, BACKOFF_S * 2**attempt))
-                pause_s = max(jitter_s, error.retry_after_s)
-                if pause_s >= self._deadline.left_s:
-                    raise self._deadline.error(f"{error}") from None
-            if self._closed.wait(pause_s):
-                break
-        raise self._deadline.error()
-
-    def _get_once(self, one: _Range) -> None:
         target = os.open(self._folder / one.file.name, os.O_WRONLY | os.O_CLOEXEC)
         try:
             for chunk in self._store.read(self._adapter, one.file, one.position, one.stop):

@@ -226,3 +226,39 @@ def test_a_transfer_waits_for_its_share_and_not_beyond_the_deadline(tmp_path: Pa
     with pytest.raises(StoreError, match=r"not here after 0\.3 s \(download_timeout_s\)"):
         downloads.fetch(store, store.adapter, tmp_path / "a", Deadline(0.3), max_tries=1)
     assert store.read_bytes < 300
+
+
+def test_a_store_that_asks_to_wait_keeps_no_other_waiting(tmp_path: Path) -> None:
+    """One connection for both: the pause of the one is the other's time."""
+
+    class Busy(Memory):
+        def read(
+            self, adapter: StoredAdapter, file: StoredFile, start: int, stop: int
+        ) -> Iterator[bytes]:
+            asked.set()
+            raise StoreError("slow down", retry_after_s=20)
+
+        def checksum(self, adapter: StoredAdapter, file: StoredFile) -> Checksum | None:
+            asked.set()
+            raise StoreError("slow down", retry_after_s=20)
+
+    asked = threading.Event()
+    files = {CONFIG: b"{}", WEIGHTS: b"1" * 100}
+    downloads = Downloads(1)
+    deadline = Deadline(30)
+
+    def fetch(store: Memory, deadline: Deadline) -> None:
+        folder = tmp_path / type(store).__name__
+        reserve(store.adapter, folder)
+        downloads.fetch(store, store.adapter, folder, deadline, max_tries=9)
+
+    def busy() -> None:
+        with pytest.raises(StoreError):
+            fetch(Busy(files), deadline)
+
+    waiting = threading.Thread(target=busy)
+    waiting.start()
+    assert asked.wait(10)
+    fetch(Memory(files), Deadline(10))
+    deadline.give_up()
+    waiting.join(10)
