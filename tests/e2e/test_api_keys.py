@@ -175,3 +175,23 @@ def test_a_broken_file_of_keys_is_told_at_the_start(
     assert told.count("error: ") == 1
     assert f"{tmp_path}/keys.yaml:2: keys[0]: `sha256` is missing" in told
     assert main(["check", str(tmp_path / "config.yaml")]) == 2
+
+
+@pytest.mark.parametrize("options", [[], ["--processes", "2"]])
+def test_an_operators_key_in_the_file_is_told_at_the_start(
+    options: list[str],
+    adapter_store: tuple[Path, dict[str, str]],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LORAYARD_ADMIN_KEY", "ly-operators")
+    KeysFile(tmp_path / "keys.yaml").write(operators={})
+    config = config_for("emulated", None, str(adapter_store[0]))
+    config["router"] = {"api_keys_file": "keys.yaml", "port": 0, "cache_dir": str(tmp_path)}
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    assert main(["serve", str(tmp_path / "config.yaml"), *options]) == 2
+    told = capfd.readouterr().err
+    assert told.count("error: ") == 1
+    assert "the key `operators` of the file of keys is the admin key too" in told
+    assert main(["check", str(tmp_path / "config.yaml")]) == 2
