@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from http import HTTPStatus
 from typing import Any, Final
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import unquote, urljoin, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import urllib3
 
@@ -65,11 +66,7 @@ class HubStore:
         self._is_adapter: bool | None = None
         # Read now, since the library reads it only when it is imported.
         self._api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), library_name="lorayard")
-        self._pool = urllib3.PoolManager(
-            maxsize=CONNECTIONS_MAX,
-            retries=False,
-            timeout=urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=READ_TIMEOUT_S),
-        )
+        self._pools: dict[str, urllib3.PoolManager] = {}  # by the proxy that they go through
 
     def list(self) -> dict[str, StoredAdapter]:
         """List the whole folder."""
@@ -156,7 +153,7 @@ class HubStore:
         seen = ""
         for _ in range(REDIRECTS_MAX):
             headers = {**token, "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-            answer = self._pool.request(
+            answer = self._pool(url).request(
                 "GET", url, headers=headers, preload_content=False, redirect=False
             )
             # The hub itself names the content; where it redirects to need not.
@@ -182,6 +179,16 @@ class HubStore:
             retry_after_s=seconds_of(answer.headers.get("retry-after")),
         )
 
+    def _pool(self, url: str) -> urllib3.PoolManager:
+        """The connections for a URL: as the library's, through the proxy of the environment, if any."""
+        parts = urlsplit(url)
+        proxies = {} if proxy_bypass(parts.netloc) else getproxies()
+        proxy = proxies.get(parts.scheme) or proxies.get("all") or ""
+        pool = self._pools.get(proxy)
+        if pool is None:
+            pool = self._pools.setdefault(proxy, _pool_through(proxy))
+        return pool
+
     @contextmanager
     def _translated(self, what: str) -> Iterator[None]:
         """Turn the library's exceptions, and those of its HTTP client, into ours, once."""
@@ -198,6 +205,19 @@ class HubStore:
             return StoreError(f"{what}: {DENIED}", passing=False)
         text = str(error).partition("\n")[0] or type(error).__name__
         return StoreError(f"{what}: {text}", passing=status is None or may_pass(status))
+
+
+def _pool_through(proxy: str) -> urllib3.PoolManager:
+    options: dict[str, Any] = {
+        "maxsize": CONNECTIONS_MAX,
+        "retries": False,
+        "timeout": urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=READ_TIMEOUT_S),
+    }
+    if not proxy:
+        return urllib3.PoolManager(**options)
+    user = urllib3.util.parse_url(proxy).auth
+    headers = urllib3.make_headers(proxy_basic_auth=unquote(user)) if user else None
+    return urllib3.ProxyManager(proxy, proxy_headers=headers, **options)
 
 
 def _tag(headers: Any) -> str:  # noqa: ANN401

@@ -3,12 +3,15 @@
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
+import urllib3
 from adapter_files import write_adapter
 from emulators import environment
 from faults import fault_proxy
@@ -254,6 +257,46 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(tmp_path: Path) -> None:
             content(store, found(store), CONFIG)
         assert set(hub.tokens) == {"Bearer hf_secret"}
         assert storage.tokens == [None]
+
+
+def test_files_of_the_hub_come_through_the_environments_proxy(tmp_path: Path) -> None:
+    seen: list[tuple[str, str | None]] = []
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append((self.path, self.headers.get("proxy-authorization")))
+            headers = {name: value for name, value in self.headers.items() if name != "Host"}
+            answer = urllib3.request(
+                "GET", self.path, headers=headers, redirect=False, retries=False
+            )
+            self.send_response(answer.status)
+            for name, value in answer.headers.items():
+                if name.lower() not in {"content-length", "transfer-encoding", "connection"}:
+                    self.send_header(name, value)
+            self.send_header("Content-Length", str(len(answer.data)))
+            self.end_headers()
+            self.wfile.write(answer.data)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    write_adapter(tmp_path / "a")
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    address = f"http://me:p%40ss@127.0.0.1:{proxy.server_port}"
+    try:
+        with (
+            hub_server(tmp_path) as (hub, storage),
+            environment({"HF_ENDPOINT": hub.url, "HTTP_PROXY": address, "NO_PROXY": ""}),
+        ):
+            store = open_store(f"hf://{REPO}")
+            assert content(store, found(store)) == (tmp_path / "a" / WEIGHTS).read_bytes()
+            through = [path for path, key in seen if key == "Basic bWU6cEBzcw=="]
+            assert [path for path in through if "/resolve/" in path]
+            assert [path for path in through if path.startswith(storage.url)]
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
 
 
 def test_a_repository_that_is_one_adapter_is_a_store_of_one(tmp_path: Path) -> None:
