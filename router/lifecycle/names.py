@@ -57,6 +57,11 @@ class Names:
         """What was decided of a name."""
         return self._aliases.get(name, NO_ALIAS)
 
+    @property
+    def aliases(self) -> Mapping[str, Alias]:
+        """All that was decided."""
+        return self._aliases
+
     def pinned(self) -> dict[str, None]:
         """The names that operators have pinned."""
         return {name: None for name, alias in self._aliases.items() if alias.pinned}
