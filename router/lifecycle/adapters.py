@@ -294,6 +294,10 @@ class Adapters:
         except StoreError as error:
             log.warning("%s: %s", self.model_id, error)
         self.names.take_in(news.aliases)
+        for name, source in moved.items():
+            if not source:  # from now on it means what the store says, which is not known yet
+                self.catalog.forget(name)
+                self.names.unserve(name)
         self.presence.pin()
         for name in moved:
             self._spawn(self._look_at(name))
