@@ -124,6 +124,7 @@ class Names:
         if alias.candidate and alias.weight:
             self._usages.try_out(name, alias.candidate, self._now())
         elif alias.previous and before.serving and alias.serving != before.serving:
+            self._usages.settle(name)  # as a candidate, if it was one: now it is to serve all
             self._usages.try_out(name, alias.serving, self._now())
         elif (trial := trials.get(name)) is not None and trial.version not in alias.versions:
             self._usages.settle(name)
