@@ -139,13 +139,16 @@ class Space:
         """Keep a version from being removed, until `let_go` was called as often."""
         count, file = self._held.get(place, (0, None))
         if not count:
-            place.parent.mkdir(parents=True, exist_ok=True)
             path = place.with_name(f"{HOLD}{place.name}")
-            # Who has it alone is moving the version away, which takes an instant.
-            for _ in range(HOLD_TRIES):
-                if (file := try_lock(path, shared=True)) is not None:
-                    break
-                time.sleep(HOLD_PAUSE_S)
+            try:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                # Who has it alone is moving the version away, which takes an instant.
+                for _ in range(HOLD_TRIES):
+                    if (file := try_lock(path, shared=True)) is not None:
+                        break
+                    time.sleep(HOLD_PAUSE_S)
+            except OSError as error:  # a full disk: what is there can be used all the same
+                log.warning("%s: it is not held: %s", path, error.strerror)
         self._held[place] = count + 1, file
 
     def let_go(self, place: Path) -> None:
