@@ -128,7 +128,9 @@ def administer(arguments: argparse.Namespace) -> int:
     """Do it; the exit status, having said what went wrong."""
     errors = Console(stderr=True, soft_wrap=True)
     try:
-        client = AdminClient(arguments.url, os.environ.get(KEY_ENV, "").strip(), arguments.timeout)
+        # Where the router has several, while one is changed, any of them will do.
+        keys = [key for key in map(str.strip, os.environ.get(KEY_ENV, "").split(",")) if key]
+        client = AdminClient(arguments.url, keys[0] if keys else "", arguments.timeout)
         answer = arguments.run(client, arguments)
     except (AskError, RefusedError) as error:
         errors.print(f"error: {error}", style="red", highlight=False, markup=False)

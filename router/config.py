@@ -443,7 +443,7 @@ def _resolved(config: Config, folder: Path) -> Config:
 
 
 def _absolute(path: str, folder: Path) -> Path:
-    """Through no link yet: where one leads may change while the router runs, a mounted secret's does."""
+    """Through no link yet: where one leads may change while the router runs, as of mounted secrets."""
     if "\0" in path:
         raise ValueError("it holds a NUL")
     return Path(os.path.abspath(folder / Path(path).expanduser()))  # noqa: PTH100  (resolves none)

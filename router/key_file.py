@@ -48,7 +48,7 @@ class KeyFile:
     async def read_if_changed(self) -> tuple[KeyConfig, ...] | None:
         """What stands in it, or None while it is as it was, or is being written just now.
 
-        Raises `ConfigError`, once for each change.
+        Raises `ConfigError`: once for each change, or as long as nobody can say what stands in it.
         """
         stamp = await self._look()
         if stamp == self._seen:
@@ -82,13 +82,13 @@ class KeyFile:
             async with asyncio.timeout(READ_TIMEOUT_S):
                 told, _ = await process.communicate()
         except TimeoutError:
-            return _Found(error=f"{self.path}: not read after {READ_TIMEOUT_S:g} s")
+            raise ConfigError(f"{self.path}: not read after {READ_TIMEOUT_S:g} s") from None
         finally:
             if process.returncode is None:
                 process.kill()
                 await process.wait()
         if process.returncode:
-            return _Found(error=f"{self.path}: its reader ended with {process.returncode}")
+            raise ConfigError(f"{self.path}: its reader ended with {process.returncode}")
         return msgspec.json.decode(told, type=_Found)
 
 

@@ -13,6 +13,7 @@ from router.adapters.cache import AdapterCache, default_cache_dir
 from router.adapters.catalog import AdapterCatalog
 from router.adapters.open import open_store
 from router.adapters.space import GIB, Space
+from router.adapters.store import StoreError
 from router.adapters.transfer import Downloads
 from router.adapters.validate import adapter_rules
 from router.config import ConfigError, LLMConfig, LoraConfig, RouterConfig
@@ -104,6 +105,7 @@ class ModelService:
         )
         self._spread.listen(self._drain)
         self._listing: asyncio.Task[None] | None = None
+        self._has_started = False  # nobody waits for the listing any more
 
     @property
     def catalog(self) -> AdapterCatalog | None:
@@ -128,8 +130,14 @@ class ModelService:
             self.pool.drain(worker_id, draining=draining)
 
     async def _list(self, adapters: Adapters) -> None:
-        count = await adapters.refresh()
-        log.info("%s: %d adapters in the store", self.model_id, count)
+        try:
+            count = await adapters.refresh()
+        except StoreError as error:
+            if not self._has_started:
+                raise
+            log.warning("%s: no listing yet, it is tried again: %s", self.model_id, error)
+        else:
+            log.info("%s: %d adapters in the store", self.model_id, count)
         adapters.keep_fresh()
 
     async def started(self) -> None:
@@ -145,6 +153,7 @@ class ModelService:
                     await asyncio.wait({self._listing}, timeout=LISTING_GRACE_S)
                 if self._listing.done():
                     self._listing.result()
+            self._has_started = True
             await workers
         finally:
             workers.cancel()

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,23 @@ async def test_a_broken_file_is_told_once_for_each_change(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="No such file"):
         await file.read_if_changed()
     assert await file.read_if_changed() is None
+
+
+async def test_a_file_whose_reader_fails_is_read_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where memory was short for a moment: a key that was taken back must not stay good."""
+    path = tmp_path / "keys.yaml"
+    path.write_text(HEAD)
+    file = KeyFile(path, ())
+    file.read()
+    replace(path, HEAD.replace("name: a", "name: b"))
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "executable", "/bin/false")
+        for _ in range(2):
+            with pytest.raises(ConfigError, match="its reader ended with 1"):
+                await file.read_if_changed()
+    assert await names(file) == ["b"]
 
 
 async def test_a_file_behind_a_link_that_is_moved_is_another(tmp_path: Path) -> None:

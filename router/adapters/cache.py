@@ -52,6 +52,9 @@ VERSION: Final = re.compile(r"[0-9a-f]{16}")
 DISK_IS_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 FETCHES_MAX: Final = 8
 SOUND_MAX: Final = 65_536
+# How long a version that was refused is not fetched again, however many ask for it.
+REFUSED_S: Final = 30.0
+REFUSED_MAX: Final = 4096
 
 
 def default_cache_dir() -> Path:
@@ -95,6 +98,7 @@ class AdapterCache:
         # What another run left on disk is checked again, so it is not among these.
         self._sound: OrderedDict[str, _Sound] = OrderedDict()
         self._fetching: dict[str, asyncio.Task[Path]] = {}
+        self._refused: OrderedDict[str, tuple[float, str]] = OrderedDict()
         # Of its own, so that neither a slow store nor the listing can take the other's threads.
         self._threads = CapacityLimiter(FETCHES_MAX)
 
@@ -154,6 +158,9 @@ class AdapterCache:
             if place.name in self._sound and _is_whole(place):
                 _use(place)
                 return place
+            until, why = self._refused.get(place.name, (0.0, ""))
+            if asyncio.get_running_loop().time() < until:
+                raise LoadError(LoadFault.ADAPTER_INVALID, why)
             task = asyncio.create_task(self._fetch(adapter, place))
             self._fetching[place.name] = task
             task.add_done_callback(lambda _: self._fetching.pop(place.name, None))
@@ -181,6 +188,7 @@ class AdapterCache:
         except AdapterGoneError as error:
             raise LoadError(LoadFault.ADAPTER_CHANGED, str(error)) from None
         except InvalidAdapterError as error:
+            self._refuse(place, str(error))
             raise LoadError(LoadFault.ADAPTER_INVALID, str(error)) from None
         except BadContentError as error:
             raise _error(adapter, LoadFault.ADAPTER_INVALID, error) from None
@@ -195,6 +203,12 @@ class AdapterCache:
         if len(self._sound) > SOUND_MAX:
             self._sound.popitem(last=False)
         return place
+
+    def _refuse(self, place: Path, why: str) -> None:
+        self._refused[place.name] = asyncio.get_running_loop().time() + REFUSED_S, why
+        self._refused.move_to_end(place.name)
+        if len(self._refused) > REFUSED_MAX:
+            self._refused.popitem(last=False)
 
     def _fetch_alone(self, adapter: StoredAdapter, place: Path, deadline: Deadline) -> AdapterFacts:
         with locked(fetch_lock_of(place), deadline):

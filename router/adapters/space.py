@@ -41,6 +41,7 @@ STALE_S: Final = 3600.0
 GIB: Final = 2**30
 HOLD_TRIES: Final = 100
 HOLD_PAUSE_S: Final = 0.001
+Locks = list[tuple[int, Path]]
 
 
 class NoRoomError(Exception):
@@ -124,7 +125,12 @@ class Space:
             mine = partial_of(place)
             taken = sum(entry.bytes for entry in entries if entry.place not in {mine, place})
             over = taken + size - self._max_bytes
-            if over > 0 and self._remove(entries, over, keep={mine, place}) < over:
+            keep = {mine, place}
+            # Nothing leaves for what would find no room all the same.
+            if over > 0 and (
+                not self._could_remove(entries, over, keep)
+                or self._remove(entries, over, keep) < over
+            ):
                 raise NoRoomError(
                     f"no room on disk: it needs {size / GIB:.3g} GiB, and what is in use leaves less "
                     f"of router.cache_max_gib, {self._max_bytes / GIB:.3g}; raise that"
@@ -136,20 +142,27 @@ class Space:
         return self._remove(self.look(), size, keep={partial_of(keep), keep})
 
     def hold(self, place: Path) -> None:
-        """Keep a version from being removed, until `let_go` was called as often."""
+        """Keep a version from being removed, until `let_go` was called as often.
+
+        Where no lock can be had, as on a disk that is full, that is so in this process alone.
+        """
         count, file = self._held.get(place, (0, None))
         if not count:
-            path = place.with_name(f"{HOLD}{place.name}")
             try:
-                place.parent.mkdir(parents=True, exist_ok=True)
-                # Who has it alone is moving the version away, which takes an instant.
-                for _ in range(HOLD_TRIES):
-                    if (file := try_lock(path, shared=True)) is not None:
-                        break
-                    time.sleep(HOLD_PAUSE_S)
-            except OSError as error:  # a full disk: what is there can be used all the same
-                log.warning("%s: it is not held: %s", path, error.strerror)
+                file = self._locked_hold(place)
+            except OSError as error:
+                log.warning("%s: other processes may remove it: %s", place.name, error.strerror)
         self._held[place] = count + 1, file
+
+    def _locked_hold(self, place: Path) -> int | None:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path = place.with_name(f"{HOLD}{place.name}")
+        # Who has it alone is moving the version away, which takes an instant.
+        for _ in range(HOLD_TRIES):
+            if (file := try_lock(path, shared=True)) is not None:
+                return file
+            time.sleep(HOLD_PAUSE_S)
+        return None
 
     def let_go(self, place: Path) -> None:
         """Undo one `hold`."""
@@ -175,6 +188,16 @@ class Space:
                 except FileNotFoundError:  # removed meanwhile, by another process
                     continue
 
+    def _could_remove(self, entries: Iterable[Entry], size: int, keep: set[Path]) -> bool:
+        """Whether so much is not in use now."""
+        for entry in entries:
+            if size <= 0:
+                break
+            if entry.place not in keep and (locks := self._locks_of(entry.place)) is not None:
+                _give_back(locks)
+                size -= entry.bytes
+        return size <= 0
+
     def _remove(self, entries: Iterable[Entry], size: int, keep: set[Path]) -> int:
         freed = 0
         for entry in entries:
@@ -186,28 +209,35 @@ class Space:
 
     def _remove_one(self, path: Path) -> bool:
         """Remove a version, or the beginning of one, unless it is held or fetched."""
-        name = path.name.removeprefix(PARTIAL)
-        locks: list[tuple[int, Path]] = []
+        locks = self._locks_of(path)
+        if locks is None:
+            return False
+        gone = path.with_name(f"{GONE}{secrets.token_hex(8)}")
         try:
-            for prefix in (HOLD, FETCH):
-                lock = path.with_name(f"{prefix}{name}")
-                descriptor = try_lock(lock)
-                if descriptor is None:
-                    return False
-                locks.append((descriptor, lock))
-            gone = path.with_name(f"{GONE}{secrets.token_hex(8)}")
-            try:
-                path.rename(gone)
-            except FileNotFoundError:
-                return False
+            path.rename(gone)
+        except FileNotFoundError:
+            return False
         finally:
-            for descriptor, lock in locks:
-                lock.unlink(missing_ok=True)
-                os.close(descriptor)
+            _give_back(locks)
         journal_of(path).unlink(missing_ok=True)
         shutil.rmtree(gone, ignore_errors=True)
         log.debug("removed %s", path)
         return True
+
+    def _locks_of(self, path: Path) -> Locks | None:
+        """Those that keep a version, or the beginning of one, taken; None where others have one."""
+        name = path.name.removeprefix(PARTIAL)
+        if path.with_name(name) in self._held:
+            return None
+        locks: Locks = []
+        for prefix in (HOLD, FETCH):
+            lock = path.with_name(f"{prefix}{name}")
+            descriptor = try_lock(lock)
+            if descriptor is None:
+                _give_back(locks)
+                return None
+            locks.append((descriptor, lock))
+        return locks
 
     def _remove_stale(self, path: Path) -> None:
         try:
@@ -220,6 +250,12 @@ class Space:
             self._remove_one(path)
         elif not path.with_suffix("").is_dir():
             path.unlink(missing_ok=True)
+
+
+def _give_back(locks: Locks) -> None:
+    for descriptor, lock in locks:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def _folders(path: Path) -> list[Path]:

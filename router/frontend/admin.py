@@ -37,8 +37,9 @@ STATUS: Final[dict[Problem, tuple[int, str]]] = {
     "conflict": (409, "invalid_request_error"),
     "unavailable": (503, SERVER_ERROR),
 }
-# What follows in an address may be a credential.
-AFTER_ADDRESS: Final = re.compile(r"\?[^\"]*")
+# Before the host of an address, and behind its path, may be a credential.
+BEFORE_HOST: Final = re.compile(r"//[^/\"`\s]*@")
+AFTER_PATH: Final = re.compile(r"\?[^\"`]*")
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.Response]]
 
@@ -145,15 +146,15 @@ class Administration:
         else:
             return answer
         finally:
-            sent = AFTER_ADDRESS.sub("?...", msgspec.json.encode(taken).decode())
+            sent = msgspec.json.encode(taken).decode()
             log.info(
                 "%s: %s %s %s by %s: %s, in %.3f s",
                 request.headers.get("x-request-id", "-"),
                 route.name,
                 _plain(target),
-                _plain(sent),
+                _plain(_without_credentials(sent)),
                 request.remote,
-                _plain(outcome),
+                _plain(_without_credentials(outcome)),
                 self._loop.time() - began,
             )
 
@@ -228,6 +229,11 @@ def _invalid(error: msgspec.ValidationError, takes: type[msgspec.Struct] | None 
         what = "The body must be a JSON object"
     message = f"`{field}`: {what}." if field else f"{what}."
     return ApiError(400, message, param=field or None, code="invalid_value")
+
+
+def _without_credentials(text: str) -> str:
+    """What was sent, or an answer that repeats it."""
+    return AFTER_PATH.sub("?...", BEFORE_HOST.sub("//...@", text))
 
 
 def _plain(text: str) -> str:

@@ -60,14 +60,18 @@ class Gate:
             await asyncio.gather(self._following, return_exceptions=True)
 
     async def _follow(self, file: KeyFile) -> None:
+        told = ""
         while True:
             await asyncio.sleep(POLL_S)
             try:
                 listed = await file.read_if_changed()
                 if listed is not None:
                     await self._take(listed)
+                    told = ""
             except ConfigError as error:
-                log.error("the API keys are kept as they were: %s", error)  # noqa: TRY400
+                if str(error) != told:
+                    told = str(error)
+                    log.error("the API keys are kept as they were: %s", error)  # noqa: TRY400
             except Exception:  # this must not end while the router runs
                 log.exception("the API keys are kept as they were")
 

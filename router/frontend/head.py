@@ -14,6 +14,7 @@ from router.frontend.errors import ApiError
 
 BYTES_PER_TOKEN: Final = 4  # of English text, about; an estimate is all that placement needs
 MODEL_MAX: Final = 512
+NOBODY: Final = frozenset({b"null", b'""'})
 
 
 class Head(msgspec.Struct):
@@ -27,7 +28,7 @@ class Head(msgspec.Struct):
     max_tokens: Any = None
     max_completion_tokens: Any = None
     max_output_tokens: Any = None
-    user: Any = None
+    user: msgspec.Raw = msgspec.Raw(b"null")
 
     @property
     def output_tokens(self) -> int:
@@ -37,6 +38,12 @@ class Head(msgspec.Struct):
                 return asked
         return 0
 
+    @property
+    def who(self) -> str:
+        """The `user` as the client wrote it, whatever that is: the same bytes are the same one."""
+        text = bytes(self.user)
+        return "" if text in NOBODY else text.decode("utf-8", errors="replace")
+
 
 _decode = msgspec.json.Decoder(Head).decode
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -45,7 +52,8 @@ _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 def parse_head(body: bytes) -> Head:
     """Read the head of a body. Raises `ApiError` 400 that says what to send instead."""
     try:
-        return _decode(body)
+        head = _decode(body)
+        head.user = head.user.copy()  # as it is it would keep the whole body
     except msgspec.ValidationError as error:
         what, _, where = str(error).partition(" - at ")
         field = where.strip("`").removeprefix("$").removeprefix(".")
@@ -58,6 +66,7 @@ def parse_head(body: bytes) -> Head:
         raise ApiError(
             400, f"The body is not valid JSON ({error}); send a JSON object.", code="invalid_json"
         ) from None
+    return head
 
 
 def for_model(body: bytes, model: str) -> bytes:

@@ -128,8 +128,8 @@ class Frontend:
             else:
                 terms = self._terms.usual(access)
             head = parse_head(request.body)
-            user = head.user or request.get(SESSION) or request.id
-            model, adapter = await self._models.resolve(head.model, access.scope, str(user))
+            user = head.who or request.get(SESSION) or request.id
+            model, adapter = await self._models.resolve(head.model, access.scope, user)
             exchange = Exchange(
                 request,
                 connection,

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine, Iterable
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -307,7 +307,7 @@ class Adapters:
         if await self.catalog.find(name, afresh=True) is None:
             self._gone(name)
 
-    def _spawn(self, work: Coroutine[None, None, object]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, object]) -> None:
         """Do it beside what goes on; what goes wrong is logged."""
         task = self._loop.create_task(work)
         self._tasks[task] = None

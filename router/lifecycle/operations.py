@@ -219,7 +219,12 @@ class Operations:
                 "invalid", f"`{name}` can be no adapter's name; use letters, digits, and . _ -"
             )
         async with _translated():
-            stored = await adapters.register(name, source)
+            try:
+                stored = await adapters.register(name, source)
+            except StoreError as error:
+                if error.passing:
+                    raise
+                raise LifecycleError("invalid", str(error)) from None
         return Change(self._id(name), f"{stored.version} is served from {source}")
 
     async def unregister(self, name: str) -> Change:

@@ -7,9 +7,11 @@ cannot be read the adapter stays listed as it was: one place's failure is not th
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from typing import Final
 
 import msgspec
 
+from router.adapters.address import problem_with
 from router.adapters.checksum import Checksum
 from router.adapters.store import (
     AdapterStore,
@@ -20,6 +22,8 @@ from router.adapters.store import (
 )
 
 log = logging.getLogger("lorayard.lifecycle")
+HUB: Final = "hf://"
+REPOSITORY_SLASHES: Final = 3  # of hf://ORG/REPO
 
 
 class Sources:
@@ -108,9 +112,21 @@ class _Place:
 
 
 def _place(address: str) -> _Place:
-    above, _, name = address.rstrip("/").rpartition("/")
+    on_hub = address.startswith(HUB)
+    # What is said of the whole store stands behind the adapter.
+    path, mark, rest = (
+        address.partition("@" if on_hub else "?") if "://" in address else (address, "", "")
+    )
+    path = path.rstrip("/")
+    above, _, name = path.rpartition("/")
     if not above or above.endswith(":/") or not is_name(name):
         raise StoreError(
-            f"`{address}` is no adapter's place; write /FOLDER/ADAPTER or s3://BUCKET/ADAPTER"
+            f"`{address}` is no adapter's place; write /FOLDER/ADAPTER, s3://BUCKET/ADAPTER or "
+            "hf://ORG/REPO",
+            passing=False,
         )
-    return _Place(above, name)
+    if on_hub and path.count("/") == REPOSITORY_SLASHES:
+        above = path  # a repository that is one adapter is a store of one
+    if problem := problem_with(f"{above}{mark}{rest}"):
+        raise StoreError(problem, passing=False)
+    return _Place(f"{above}{mark}{rest}", name)

@@ -1,6 +1,7 @@
 """The copy on disk: fetched once, whole, checked, bounded in time, tries and size."""
 
 import asyncio
+import errno
 import os
 import threading
 from collections.abc import Iterator
@@ -280,6 +281,23 @@ async def test_a_fetch_that_another_process_does_not_end_is_waited_for_in_vain(
     await one
 
 
+async def test_what_was_refused_is_not_fetched_for_each_who_asks(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = cache_of(store, tmp_path, rules=AdapterRules(("tiny",), rank_max=4))
+    for _ in range(3):
+        with pytest.raises(LoadError, match="its rank is 8, but max_lora_rank is 4") as error:
+            await cache.folder_of(found(store))
+        assert error.value.fault is LoadFault.ADAPTER_INVALID
+    assert store.reads == 1
+    write_adapter(tmp_path / "store" / "a", 1)
+    monkeypatch.setattr("router.adapters.cache.REFUSED_S", 0.0)
+    for _ in range(2):
+        with pytest.raises(LoadError, match="its rank is 8"):
+            await cache.folder_of(found(store))
+    assert store.reads == 3, "another version is looked at, and after a while each is"
+
+
 # The bound on what they take.
 
 
@@ -332,6 +350,38 @@ async def test_what_any_process_holds_stays(tmp_path: Path) -> None:
     other.let_go("a", a.version)
     await cache.folder_of(found(store, "b"))
     assert names_in(tmp_path) == "bc"
+
+
+async def test_nothing_leaves_for_what_finds_no_room_all_the_same(tmp_path: Path) -> None:
+    store = write_many(tmp_path, "abc")
+    (tmp_path / "store" / "c" / "SHA256SUMS").write_text("\n" * SIZE)
+    cache = cache_of(store, tmp_path, max_bytes=2 * SIZE + 100)
+    for name in "ab":
+        await cache.folder_of(found(store, name))
+    cache.hold("a", found(store, "a").version)
+    with pytest.raises(LoadError, match="no room on disk"):
+        await cache.folder_of(found(store, "c"))
+    assert names_in(tmp_path) == "ab"
+    assert in_place(tmp_path)[0].startswith(".hold-a@")
+
+
+async def test_a_version_is_held_where_no_lock_can_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = write_many(tmp_path, "abc")
+    cache = cache_of(store, tmp_path, max_bytes=2 * SIZE + 100)
+    for second, name in enumerate("ab"):
+        was_used(cache, await cache.folder_of(found(store, name)), second)
+
+    def full(path: Path, *, shared: bool = False) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("router.adapters.space.try_lock", full)
+        cache.hold("a", found(store, "a").version)
+    await cache.folder_of(found(store, "c"))
+    assert names_in(tmp_path) == "ac"
+    cache.let_go("a", found(store, "a").version)
 
 
 async def test_what_is_being_fetched_stays_and_counts(store: Store, tmp_path: Path) -> None:

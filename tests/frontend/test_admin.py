@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from router.config import ConfigError, RouterConfig
 from router.frontend.admin import BODY_MAX_BYTES, UNDER_WAY_MAX
 from router.frontend.admin_key import AdminKey
-from router.lifecycle.words import Problem
+from router.lifecycle.words import LifecycleError, Problem
 
 BASE = "org/base"
 SQL = "/adapters/org/base:sql"
@@ -262,6 +262,19 @@ def test_every_change_is_logged_with_its_request_and_never_the_key(
         '"load_inplace":false,"is_3d_lora_weight":false} by 127.0.0.1: done',
     ]
     assert KEY not in caplog.text
+
+
+def test_no_credential_of_an_address_is_logged(
+    server: Administered, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "lorayard.admin")
+    path = "https://me:hidden@host/sql?signature=hid den"
+    (lifecycle,) = server.lifecycles
+    lifecycle.fails = LifecycleError("invalid", f"`{path}` is no adapter's place; write it")
+    server.ask("POST", "/v1/load_lora_adapter", {"lora_name": "new", "lora_path": path})
+    lines = [record.getMessage() for record in caplog.records if record.name == "lorayard.admin"]
+    assert "`https://...@host/sql?...` is no adapter's place; write it" in lines[-1]
+    assert "hid" not in "".join(lines)
 
 
 def test_who_leaves_does_not_undo_what_was_begun(

@@ -33,6 +33,22 @@ def test_a_bad_body_says_what_to_send(body: bytes, param: str | None, message: s
     assert str(error.value).startswith(message)
 
 
+WHO = [
+    (b"", ""),
+    (b', "user": null', ""),
+    (b', "user": ""', ""),
+    (b', "user": "a"', '"a"'),
+    (b', "user": 3', "3"),
+    (b', "user": ' + b"[" * 900 + b"]" * 900, "[" * 900 + "]" * 900),
+    (b', "user": "\xff"', '"\ufffd"'),
+]
+
+
+@pytest.mark.parametrize(("field", "who"), WHO)
+def test_a_user_is_who_the_client_says_whatever_that_is(field: bytes, who: str) -> None:
+    assert parse_head(b'{"model": "a"' + field + b"}").who == who
+
+
 def test_the_head_is_read_and_the_rest_is_let_be() -> None:
     head = parse_head(
         b'{"messages": [{"a": [1]}], "stream": true, "model": "b:a", "max_tokens": 9}'

@@ -1,6 +1,7 @@
 """Stock vLLM servers: what the router loads and unloads there, and what it notices of others' hands."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ from attached import MODEL, adapter_of, attached, use
 from plane import until
 from stock_server import StockServer, stock_server
 
+from router.adapters.local import LocalStore
+from router.adapters.store import StoredAdapter, StoreError
 from router.core.job import AdapterRef, LoadError
 from router.model import ModelService
 
@@ -53,6 +56,30 @@ async def bench(tmp_path: Path, store: Path, *, slots: int = 2) -> AsyncIterator
         attached(tmp_path / "cache", store, [server.url], slots=slots) as service,
     ):
         yield Bench(server, service)
+
+
+async def test_a_listing_that_fails_after_the_start_is_read_again(
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing, fails = threading.Event(), [True]
+    listed = LocalStore.list
+
+    def list_(self: LocalStore) -> dict[str, StoredAdapter]:
+        if fails:
+            failing.wait(20)
+            fails.clear()
+            raise StoreError("no answer")
+        return listed(self)
+
+    monkeypatch.setattr(LocalStore, "list", list_)
+    monkeypatch.setattr("router.model.LISTING_GRACE_S", 0.01)
+    async with bench(tmp_path, store) as made:
+        catalog = made.service.catalog
+        assert catalog is not None
+        assert not catalog.names
+        catalog._refresh_s = 0.01
+        failing.set()
+        await until(lambda: catalog.names == ["a", "b", "c"], "the listing is read")
 
 
 def name_of(adapter: AdapterRef) -> str:
