@@ -41,6 +41,7 @@ log = logging.getLogger("lorayard.worker")
 GATHER_S: Final = 0.005
 # A router that unloads has no request there any more; one that was given up may end a moment later.
 LEFTOVER_S: Final = 5.0
+REFRESH_TRIES: Final = 8
 ROUTER: Final = ROUTER_HEADER.lower()
 ADAPTER: Final = ADAPTER_HEADER.lower()
 VERSION: Final = VERSION_HEADER.lower()
@@ -363,16 +364,19 @@ class WorkerService:
 
         An engine that does not answer leaves the state as it was: what was loaded is loaded.
         """
-        held = self._arbiter.held
-        try:
-            gpu, host = await self._engine.residency()
-        except Exception:
-            log.exception("the engine does not say which adapters it holds")
-            gpu = tuple(adapter for adapter in self._feed.state.gpu if adapter in held)
-            host = self._feed.state.host
-        else:
-            there = {*gpu, *host}
-            self._arbiter.drop(adapter for adapter in held if adapter not in there)
+        for _ in range(REFRESH_TRIES):
+            seq, held = self._feed.state.seq, self._arbiter.held
+            try:
+                gpu, host = await self._engine.residency()
+            except Exception:
+                log.exception("the engine does not say which adapters it holds")
+                gpu = tuple(adapter for adapter in self._feed.state.gpu if adapter in held)
+                host = self._feed.state.host
+                break
+            if self._feed.state.seq == seq:  # else it may be of before a load that has ended since
+                there = {*gpu, *host}
+                self._arbiter.drop(adapter for adapter in held if adapter not in there)
+                break
         self._feed.set_adapters(gpu, host)
 
     def _forget_lock(self, name: str, lock: asyncio.Lock) -> None:

@@ -63,6 +63,11 @@ class AdapterCatalog:
         """The adapter as listed, without looking; its version may not be known yet."""
         return self._listed.get(name)
 
+    def forget(self, name: str) -> None:
+        """What is listed of a name is not so any more; who asks for it has it looked up."""
+        if self._listed.pop(name, None) is not None:
+            self._renamed()
+
     async def refresh(self) -> tuple[str, ...]:
         """Read the whole listing; the names whose files are others now, those that are gone among them.
 

@@ -7,14 +7,13 @@ router processes have decided.
 
 import asyncio
 import logging
-import re
 import time
 from collections.abc import Coroutine, Iterable
 from typing import Any, Final
 
 import msgspec
 
-from router.adapters.cache import AdapterCache
+from router.adapters.cache import VERSION, AdapterCache
 from router.adapters.catalog import AdapterCatalog
 from router.adapters.store import StoredAdapter, StoreError
 from router.config import LoraConfig
@@ -32,7 +31,6 @@ from router.lifecycle.words import LifecycleError
 
 log = logging.getLogger("lorayard.lifecycle")
 
-VERSION: Final = re.compile(r"[0-9a-f]{16}")
 SPLITTER: Final = "@"
 
 
@@ -57,11 +55,13 @@ class Adapters:
         self.following = Following(
             self.names, self.catalog, cache, spread, weight=lora.rollout_weight
         )
-        self.presence = Presence(self.names, self.usages, cache, lora, spread, self.find)
+        self.presence = Presence(
+            self.names, self.usages, self.catalog, cache, lora, spread, self.find
+        )
         self._sources = sources
         self._spread = spread
         self._loop = asyncio.get_running_loop()
-        self._tasks: dict[asyncio.Task[None], None] = {}
+        self._tasks: dict[asyncio.Task[object], None] = {}
         self._preloads = False
         self._compared = False  # what was decided before with what the store has now
         spread.listen(self._take_in)
@@ -294,6 +294,10 @@ class Adapters:
         except StoreError as error:
             log.warning("%s: %s", self.model_id, error)
         self.names.take_in(news.aliases)
+        for name, source in moved.items():
+            if not source:  # from now on it means what the store says, which is not known yet
+                self.catalog.forget(name)
+                self.names.unserve(name)
         self.presence.pin()
         for name in moved:
             self._spawn(self._look_at(name))
@@ -305,14 +309,11 @@ class Adapters:
 
     def _spawn(self, work: Coroutine[Any, Any, object]) -> None:
         """Do it beside what goes on; what goes wrong is logged."""
-
-        async def done() -> None:
-            try:
-                await work
-            except Exception:
-                log.exception("%s: something was not done", self.model_id)
-
-        task = self._loop.create_task(done())
+        task = self._loop.create_task(work)
         self._tasks[task] = None
-        task.add_done_callback(lambda task: self._tasks.pop(task, None))
-        task.add_done_callback(lambda _: work.close())  # which never began, if the task did not
+        task.add_done_callback(self._over)
+
+    def _over(self, task: asyncio.Task[object]) -> None:
+        del self._tasks[task]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s: something was not done", self.model_id, exc_info=error)

@@ -2,8 +2,9 @@
 
 Whoever comes after that gets the new version, who is on the way ends on the old one. A version that
 cannot be served is refused, and the old one stays. What nobody uses, on no worker and not on this disk,
-is not fetched either: it simply is what the store has by now. Of several router processes one sees to
-each name; what could not be seen to is tried again with the next listing.
+is not fetched either: it simply is what the store has by now. Of several router processes one at a time
+sees to each name, so that the others find it done; what could not be seen to is tried again with the
+next listing.
 """
 
 import asyncio
@@ -26,6 +27,7 @@ from router.lifecycle.spread import Spread
 log = logging.getLogger("lorayard.lifecycle")
 
 AT_ONCE: Final = 4
+CLAIM_POLL_S: Final = 0.2
 
 
 class Following:
@@ -77,8 +79,8 @@ class Following:
     async def _follow(self, name: str) -> None:
         try:
             async with self._turns:
-                if not await self._spread.claim(name):
-                    return  # another process sees to it
+                while not await self._spread.claim(name):  # another process sees to it
+                    await asyncio.sleep(CLAIM_POLL_S)
                 try:
                     while name in self._behind:
                         self._settle(name, await self._follow_alone(name))

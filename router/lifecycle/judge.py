@@ -39,7 +39,10 @@ def bounds(failures: int, requests: int) -> tuple[float, float]:
     middle = share + square / (2 * requests)
     half = Z * sqrt(share * (1 - share) / requests + square / (4 * requests * requests))
     scale = 1 + square / requests
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+    # The share itself is between them, whatever was rounded.
+    return min(share, max(0.0, (middle - half) / scale)), max(
+        share, min(1.0, (middle + half) / scale)
+    )
 
 
 def is_worse(new: Tally, rest: Tally) -> bool:

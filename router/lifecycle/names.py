@@ -57,6 +57,11 @@ class Names:
         """What was decided of a name."""
         return self._aliases.get(name, NO_ALIAS)
 
+    @property
+    def aliases(self) -> Mapping[str, Alias]:
+        """All that was decided."""
+        return self._aliases
+
     def pinned(self) -> dict[str, None]:
         """The names that operators have pinned."""
         return {name: None for name, alias in self._aliases.items() if alias.pinned}
@@ -119,6 +124,7 @@ class Names:
         if alias.candidate and alias.weight:
             self._usages.try_out(name, alias.candidate, self._now())
         elif alias.previous and before.serving and alias.serving != before.serving:
+            self._usages.settle(name)  # as a candidate, if it was one: now it is to serve all
             self._usages.try_out(name, alias.serving, self._now())
         elif (trial := trials.get(name)) is not None and trial.version not in alias.versions:
             self._usages.settle(name)

@@ -137,6 +137,13 @@ class Operations:
             raise LifecycleError(
                 "conflict", "the configuration pins it (pinned_adapters); change it there"
             )
+        presence = self._adapters.presence
+        if pinned and not presence.has_room_to_pin(name):
+            raise LifecycleError(
+                "conflict",
+                f"with it pinned none of a worker's {presence.slots} slots would be left for others; "
+                "unpin another one, or raise max_num_adapters_per_replica",
+            )
         await self._stepped(name, lambda alias: msgspec.structs.replace(alias, pinned=pinned))
         return Change(self._id(name), "pinned" if pinned else "not pinned")
 
@@ -169,19 +176,27 @@ class Operations:
         """Have the candidate, or the version that is named, serve all."""
         chosen = version or self._adapters.names.alias(name).candidate
         serving = await self._ready(name, chosen)
-        return await self._stepped(
-            name, lambda alias: promoted(self._serves(alias, serving), chosen, time.time())
-        )
+
+        def step(alias: Alias) -> Alias:
+            if not version and alias.candidate != chosen:
+                raise _changed(alias)
+            return promoted(self._serves(alias, serving), chosen, time.time())
+
+        return await self._stepped(name, step)
 
     async def rollback(self, name: str) -> Change:
         """Drop the candidate; without one, go back to the previous version."""
         await self._known(name)
-        alias = self._adapters.names.alias(name)
-        if alias.previous and not alias.candidate:
-            await self._on_disk(self._version(name, alias.previous))
-        return await self._stepped(
-            name, lambda alias: rolled_back(alias, "an operator asked for it", time.time())
-        )
+        asked = self._adapters.names.alias(name)
+        if asked.previous and not asked.candidate:
+            await self._on_disk(self._version(name, asked.previous))
+
+        def step(alias: Alias) -> Alias:
+            if alias.versions != asked.versions:
+                raise _changed(alias)
+            return rolled_back(alias, "an operator asked for it", time.time())
+
+        return await self._stepped(name, step)
 
     async def _ready(self, name: str, version: str) -> AdapterRef:
         """Have a version on this disk, and where the serving one is held, which is returned."""
@@ -283,6 +298,11 @@ class Operations:
 
     def _id(self, name: str) -> str:
         return f"{self.model_id}:{name}"
+
+
+def _changed(alias: Alias) -> LifecycleError:
+    """What was asked for was meant for another state of things."""
+    return LifecycleError("conflict", f"it has changed meanwhile: {alias.message}; ask again")
 
 
 @asynccontextmanager

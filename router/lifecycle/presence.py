@@ -9,8 +9,9 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from router.adapters.cache import AdapterCache
-from router.adapters.store import StoreError
+from router.adapters.cache import VERSION, AdapterCache
+from router.adapters.catalog import AdapterCatalog
+from router.adapters.store import StoreError, is_name
 from router.config import LoraConfig
 from router.core.job import AdapterRef
 from router.lifecycle.names import Names
@@ -30,6 +31,7 @@ class Presence:
         self,
         names: Names,
         usages: Usages,
+        catalog: AdapterCatalog,
         cache: AdapterCache,
         lora: LoraConfig,
         spread: Spread,
@@ -37,6 +39,7 @@ class Presence:
     ) -> None:
         self._names = names
         self._usages = usages
+        self._catalog = catalog
         self._cache = cache
         self._lora = lora
         self._spread = spread
@@ -65,6 +68,15 @@ class Presence:
             if serving is not None and name not in self._pinned:
                 self._pinned[name] = serving
                 router.pin(serving, pinned=True)
+
+    def has_room_to_pin(self, name: str) -> bool:
+        """Whether, with it pinned too, a slot is left on each worker for all that are not."""
+        return len(self._to_pin() | {name: None}) < self.slots
+
+    @property
+    def slots(self) -> int:
+        """How many adapters each worker holds."""
+        return self._lora.max_num_adapters_per_replica
 
     def _to_pin(self) -> dict[str, None]:
         return dict.fromkeys(self._lora.pinned_adapters) | self._names.pinned()
@@ -99,12 +111,16 @@ class Presence:
         """Hold on this disk whatever may be loaded again, for ever."""
         try:
             while True:
-                self._hold(self._wanted())
-                self._end_trials()
+                self.look()
                 await self._tell_usage()
                 await asyncio.sleep(PERIOD_S)
         finally:
             self._hold({})
+
+    def look(self) -> None:
+        """Hold what is to be held now, and no more."""
+        self._hold(self._wanted())
+        self._end_trials()
 
     async def _tell_usage(self) -> None:
         usages = self._usages
@@ -130,17 +146,27 @@ class Presence:
                 self._cache.hold(*key)
 
     def _wanted(self) -> dict[tuple[str, str], None]:
-        """What is in slots, and what a version on trial may be replaced by."""
+        """What is in slots, what a version on trial may be replaced by, what the store has no more.
+
+        A worker tells whatever somebody has loaded there: what no store can name is not here.
+        """
         wanted = {
             (slot.adapter.name, slot.adapter.version): None
             for worker in self._names.router.fleet
             for slot in worker.slots
+            if is_name(slot.adapter.name) and VERSION.fullmatch(slot.adapter.version)
         }
         for name in self._usages.trials:
             alias = self._names.alias(name)
             for version in (*alias.versions, alias.previous):
                 if version:
                     wanted[name, version] = None
+        for name, alias in self._names.aliases.items():
+            listed = self._catalog.get(name)
+            stored = "" if listed is None else listed.version
+            # Without a version in the listing, where it is another one is known by what was decided.
+            if stored or alias.refused or alias.candidate:
+                wanted |= {(name, one): None for one in alias.versions if one != stored}
         return wanted
 
     def _end_trials(self) -> None:

@@ -1,9 +1,11 @@
 """The store and, beside it, adapters that have each a place of their own: one store to whoever reads.
 
 An operator registers such an adapter under a name; its place is a folder or an address as a store's
-would be, its last part the adapter's. It goes before one of the same name in the store.
+would be, its last part the adapter's. It goes before one of the same name in the store. Of a place that
+cannot be read the adapter stays listed as it was: one place's failure is not the store's.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
@@ -19,6 +21,7 @@ from router.adapters.store import (
     is_name,
 )
 
+log = logging.getLogger("lorayard.lifecycle")
 HUB: Final = "hf://"
 REPOSITORY_SLASHES: Final = 3  # of hf://ORG/REPO
 
@@ -47,8 +50,13 @@ class Sources:
     def list(self) -> dict[str, StoredAdapter]:
         """All of them."""
         listed = self._store.list()
-        for name in tuple(self._places):
-            adapter = self.find(name)
+        for name, place in tuple(self._places.items()):
+            try:
+                adapter = self._look(name, place)
+            except StoreError as error:
+                log.warning("%s is listed as it was: %s", name, error)
+                # Nothing known of it yet: there, and to be looked up by whoever asks for it.
+                adapter = place.found or StoredAdapter(name, "", "", ())
             if adapter is None:
                 listed.pop(name, None)
             else:
@@ -60,8 +68,12 @@ class Sources:
         place = self._places.get(name)
         if place is None:
             return self._store.find(name)
+        return self._look(name, place)
+
+    def _look(self, name: str, place: "_Place") -> StoredAdapter | None:
         adapter = self._at(place).find(place.name)
-        return None if adapter is None else msgspec.structs.replace(adapter, name=name)
+        place.found = None if adapter is None else msgspec.structs.replace(adapter, name=name)
+        return place.found
 
     def read(
         self, adapter: StoredAdapter, file: StoredFile, start: int, stop: int
@@ -88,13 +100,14 @@ class Sources:
 
 
 class _Place:
-    """Where one adapter is: its name in the store that is one step above."""
+    """Where one adapter is: its name in the store one step above, and how it was found there."""
 
-    __slots__ = ("above", "name", "store")
+    __slots__ = ("above", "found", "name", "store")
 
     def __init__(self, above: str, name: str) -> None:
         self.above = above
         self.name = name
+        self.found: StoredAdapter | None = None
         self.store: AdapterStore | None = None
 
 

@@ -107,11 +107,14 @@ class Spread:
 
     async def _follow(self) -> None:
         """Take in what other processes decide, for ever."""
-        failing = False
+        failing = told = False
         while True:
             try:
                 if self._take_news():
+                    told = False
+                if not told:
                     await self._in_thread(self._registry.tell_seen)
+                    told = True
                 failing = False
             except RegistryError as error:
                 if not failing:

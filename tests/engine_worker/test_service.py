@@ -31,6 +31,8 @@ class Engine:
         self.fail = False
         self.removing = 0
         self.may_remove: asyncio.Event | None = None
+        self.telling = 0  # of a removal alone
+        self.may_tell: asyncio.Event | None = None
 
     async def add(self, adapter: AdapterId, path: str, evict: Sequence[AdapterId]) -> Tiers | None:
         self.calls += 1
@@ -43,10 +45,13 @@ class Engine:
         self.held[adapter] = path
         for victim in evict:
             self.held.pop(victim, None)
+        may_tell, self.may_tell = self.may_tell, None
         try:
             return await self.residency()
         except RuntimeError:
             return None
+        finally:
+            self.may_tell = may_tell
 
     async def remove(self, adapter: AdapterId) -> None:
         self.removing += 1
@@ -58,7 +63,11 @@ class Engine:
         self.held.pop(adapter, None)
 
     async def residency(self) -> Tiers:
-        return tuple(self.held), ()
+        held = tuple(self.held)
+        if self.may_tell is not None:
+            self.telling += 1
+            await self.may_tell.wait()
+        return held, ()
 
 
 class Bench:
@@ -318,6 +327,21 @@ async def test_what_is_being_unloaded_takes_no_request_and_its_slot_is_not_free(
     await again
     assert bench.engine.calls == 2, "loaded again, once it had left"
     assert list(bench.engine.held) == [AdapterId("base:a", "1")]
+
+
+async def test_a_load_that_ends_while_an_unload_asks_what_is_held_is_not_lost(
+    adapter: Path,
+) -> None:
+    bench = Bench()
+    await load_for(bench, "r0", "base:a", adapter)
+    bench.engine.may_tell = asyncio.Event()
+    unloading = asyncio.create_task(unload_for(bench, "r0", "base:a"))
+    while not bench.engine.telling:
+        await asyncio.sleep(0)
+    await load_for(bench, "r0", "base:b", adapter)
+    bench.engine.may_tell.set()
+    await unloading
+    assert bench.feed.state.gpu == (AdapterId("base:b", "1"),)
 
 
 async def test_an_unload_that_fails_leaves_it_held_and_in_use(adapter: Path) -> None:

@@ -29,7 +29,7 @@ async def test_what_cannot_be_loaded(
             made.pool.load = load  # type: ignore[method-assign]
             raise LoadError(fault, "it is not to be had")
 
-        made.pool.load = fails_once  # type: ignore[method-assign]
+        made.pool.load = fails_once  # type: ignore[method-assign,assignment]
         reply = await made.ask(post(json.dumps({"model": model}).encode()))
         assert reply.status == status, reply.body
         assert made.model.lookups == lookups
