@@ -24,6 +24,7 @@ LOOKUPS_MAX: Final = 16
 LOOKUPS_PER_S: Final = 50.0  # of names that are not listed
 LOOKUPS_BURST: Final = 200.0
 LOOKUP_TIMEOUT_S: Final = 10.0
+LOST_AT_ONCE: Final = 1  # more that are gone at once, and all there were, are not believed
 LIST_TIMEOUT_S: Final = 60.0
 
 
@@ -87,6 +88,12 @@ class AdapterCatalog:
             raise StoreError(f"{self._store.url}: no listing after {LIST_TIMEOUT_S:g} s") from None
         finally:
             self._found_meanwhile = None
+        if not listed and len(self._listed) > LOST_AT_ONCE:
+            # A folder whose disk is not mounted, a bucket that was put in the place of another.
+            raise StoreError(
+                f"{self._store.url} lists nothing, where there were {len(self._listed)} adapters; if they "
+                "were removed, start the router again"
+            )
         for name, found in found_meanwhile.items():  # which is newer
             if found is None:
                 listed.pop(name, None)

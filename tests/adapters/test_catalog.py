@@ -101,6 +101,22 @@ async def test_a_listing_that_was_begun_first_does_not_come_last(
     assert new.version != old.version
 
 
+async def test_a_store_that_is_suddenly_empty_is_not_believed(store: Store, tmp_path: Path) -> None:
+    """As a folder is whose disk is not mounted: what was decided of its adapters must not be forgotten."""
+    write_adapter(tmp_path / "b")
+    catalog = AdapterCatalog(store, refresh_s=100)
+    await catalog.refresh()
+    for name in ("a", "b"):
+        (tmp_path / name).rename(tmp_path / f".{name}")
+    with pytest.raises(StoreError, match="lists nothing, where there were 2 adapters"):
+        await catalog.refresh()
+    assert catalog.names == ["a", "b"]
+    (tmp_path / ".a").rename(tmp_path / "a")
+    assert await catalog.refresh() == ("b",), "one by one they may go"
+    (tmp_path / "a").rename(tmp_path / ".a")
+    assert await catalog.refresh() == ("a",)
+
+
 async def test_made_up_names_are_looked_up_only_so_often(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
