@@ -91,8 +91,8 @@ class AdapterCatalog:
         if not listed and len(self._listed) > LOST_AT_ONCE:
             # A folder whose disk is not mounted, a bucket that was put in the place of another.
             raise StoreError(
-                f"{self._store.url} lists nothing, where there were {len(self._listed)} adapters; if they "
-                "were removed, start the router again"
+                f"{self._store.url} lists nothing, where there were {len(self._listed)} adapters; if "
+                "they were removed, start the router again"
             )
         for name, found in found_meanwhile.items():  # which is newer
             if found is None:

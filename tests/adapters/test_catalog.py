@@ -102,7 +102,7 @@ async def test_a_listing_that_was_begun_first_does_not_come_last(
 
 
 async def test_a_store_that_is_suddenly_empty_is_not_believed(store: Store, tmp_path: Path) -> None:
-    """As a folder is whose disk is not mounted: what was decided of its adapters must not be forgotten."""
+    """As a folder is whose disk is not mounted: what was decided of them must not be forgotten."""
     write_adapter(tmp_path / "b")
     catalog = AdapterCatalog(store, refresh_s=100)
     await catalog.refresh()
