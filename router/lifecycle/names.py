@@ -106,6 +106,9 @@ class Names:
 
     def _apply(self, name: str, before: Alias, alias: Alias) -> None:
         router = self.router
+        served = self._serving.get(name)
+        # Of a name that nothing was decided of the first to follow is on trial too.
+        was = before.serving or (served.version if served is not None else "")
         for version in alias.versions:
             router.restore(self.ref(name, version))
         if alias.serving:
@@ -117,13 +120,13 @@ class Names:
         for version in before.versions:
             if version not in alias.versions:
                 router.retire(self.ref(name, version))
-        self._put_on_trial(name, before, alias)
+        self._put_on_trial(name, was, alias)
 
-    def _put_on_trial(self, name: str, before: Alias, alias: Alias) -> None:
+    def _put_on_trial(self, name: str, was: str, alias: Alias) -> None:
         trials = self._usages.trials
         if alias.candidate and alias.weight:
             self._usages.try_out(name, alias.candidate, self._now())
-        elif alias.previous and before.serving and alias.serving != before.serving:
+        elif alias.previous and was and alias.serving != was:
             self._usages.settle(name)  # as a candidate, if it was one: now it is to serve all
             self._usages.try_out(name, alias.serving, self._now())
         elif (trial := trials.get(name)) is not None and trial.version not in alias.versions:
