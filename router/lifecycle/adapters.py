@@ -63,6 +63,7 @@ class Adapters:
         self._loop = asyncio.get_running_loop()
         self._tasks: dict[asyncio.Task[object], None] = {}
         self._preloads = False
+        self._missed: dict[str, None] = {}  # names that the last listing lacked
         self._compared = False  # what was decided before with what the store has now
         spread.listen(self._take_in)
 
@@ -220,9 +221,15 @@ class Adapters:
 
     def _refreshed(self, changed: Iterable[str]) -> None:
         """The listing was read; these names' files are others now, or gone."""
-        for name in (*changed, *self.names):
-            if name not in self.catalog:
+        missing = [
+            name for name in (*changed, *self.names, *self._missed) if name not in self.catalog
+        ]
+        for name in missing:
+            if name in self._missed:
                 self._gone(name)
+            else:  # it may be about to come again: what was decided of it is kept for one listing
+                self.names.unserve(name)
+        self._missed = dict.fromkeys(missing)
         for name in changed:
             if name in self.names:
                 self.following.begin(name)

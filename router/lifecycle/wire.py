@@ -11,7 +11,7 @@ import msgspec
 
 from router.lifecycle.words import AdapterStatus, Change, WorkerStatus
 
-PAGE_MAX: Final = 1000
+PAGE_MAX: Final = 200  # a page is made between two requests, in some 20 ms
 PAGE_DEFAULT: Final = 100
 WORKERS_MAX: Final = 100_000
 TEXT_MAX: Final = 1024

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from adapter_drafts import BASE, PREFIX, Draft, Files, as_files, spoilt, with_head
 from adapter_files import HIDDEN, RANK, safetensors
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from router.adapters.base_model import BaseModel, BaseModelError, folder_of, read_base_model
@@ -323,6 +323,7 @@ def test_the_sound_one_is_sound() -> None:
     assert isinstance(checked(SOUND), AdapterFacts)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(spoilt(), st.sampled_from([RULES, AdapterRules(("tiny",), 16)]))
 def test_whatever_is_spoilt_is_taken_or_refused_by_name(files: Files, rules: AdapterRules) -> None:
     found = checked(files, rules)

@@ -74,3 +74,26 @@ async def test_who_starts_later_is_not_given_what_was_refused(tmp_path: Path) ->
     async with lived(tmp_path) as one:
         await one.adapters.refresh()
         assert await one.asked("a") == first
+
+
+async def test_what_one_listing_lacks_keeps_what_was_decided_of_it(tmp_path: Path) -> None:
+    put(tmp_path, "a", 1)
+    put(tmp_path, "b", 2)
+    place, away = tmp_path / "store" / "a", tmp_path / "away"
+    async with lived(tmp_path) as one:
+        await one.adapters.refresh()
+        await one.asked("a")
+        await one.operations.pin("a", pinned=True)
+        place.rename(away)
+        await one.adapters.refresh()
+        assert await one.adapters.find("a") is None
+        away.rename(place)
+        await one.adapters.refresh()
+        assert one.adapters.names.alias("a").pinned
+        await one.asked("a")
+        place.rename(away)
+        await one.adapters.refresh()
+        await one.adapters.refresh()
+        await asyncio.sleep(0)
+        while one.adapters.names.alias("a").pinned:
+            await asyncio.sleep(0.005)
