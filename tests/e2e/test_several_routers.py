@@ -284,7 +284,7 @@ def test_a_killed_router_takes_its_own_streams_alone_and_comes_back(
 ) -> None:
     with deployed(config_of(adapters), tmp_path, ENVIRONMENT) as deployment:
         before = routers(deployment)
-        count, tokens = 24, 150
+        count, tokens = 24, 600  # so long that none ends between the count and the kill
 
         async def main() -> tuple[int, list[int]]:
             begun: Counter[str] = Counter()
